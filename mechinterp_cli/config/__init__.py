@@ -1,0 +1,1 @@
+"""The YAML file: schema, loader with file and line in every error, overrides."""

@@ -1,0 +1,1 @@
+"""Sites, edits, trials and the executors that compute them."""

@@ -1,0 +1,1 @@
+"""Models: loading them safely, and the anatomy of a decoder."""

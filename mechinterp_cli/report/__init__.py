@@ -1,0 +1,1 @@
+"""Pictures, pages and the terminal view of a run."""

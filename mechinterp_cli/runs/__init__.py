@@ -1,0 +1,1 @@
+"""Run directories: atomic files, manifest, work-unit store, table schema."""
