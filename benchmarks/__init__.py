@@ -1,0 +1,1 @@
+"""Measurements of the project: which architectures run, and how fast."""
