@@ -1,0 +1,348 @@
+"""What is read from the logits at the answer position, one number per item.
+
+A metric is a function of a `Readout` and stands in `METRICS` by its own name; adding one is adding a decorated
+function here. All logits are raised to float32 at least, all sums over the vocabulary are taken in float64, and the
+results are float64 (float32 on devices that have no float64). Float64 logits are worked in float64 throughout.
+
+An answer may be a set of tokens: its logit is then the log-sum-exp of the set's logits, its probability their sum.
+A row of logits that holds a NaN anywhere gives NaN in every metric.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from mechinterp_cli.errors import UserError
+from mechinterp_cli.tasks.prompts import Prompt
+
+ROWS_PER_CHUNK = 64
+"""Rows measured at once: temporaries stay near 13 MB each at 49,152 tokens."""
+
+
+@dataclass(frozen=True)
+class TokenSets:
+    """One set of token ids per prompt, padded to the largest set."""
+
+    ids: Int[Tensor, "prompts size"]
+    """Padding is 0 and is masked."""
+    mask: Bool[Tensor, "prompts size"]
+
+    @classmethod
+    def of(cls, sets: Sequence[Sequence[int]], device: torch.device) -> "TokenSets":
+        """Pads the sets; an empty set has no true entry in its mask."""
+        size = max((len(tokens) for tokens in sets), default=0)
+        rows = [[*tokens, *[0] * (size - len(tokens))] for tokens in sets]
+        masks = [[i < len(tokens) for i in range(size)] for tokens in sets]
+        shape = (len(sets), size)
+        return cls(
+            torch.tensor(rows, dtype=torch.long, device=device).reshape(shape),
+            torch.tensor(masks, dtype=torch.bool, device=device).reshape(shape),
+        )
+
+    def at(self, prompt_index: Int[Tensor, " items"]) -> "TokenSets":
+        """The sets of the items' prompts."""
+        return TokenSets(self.ids[prompt_index], self.mask[prompt_index])
+
+    def gather(self, logits: Float[Tensor, "items vocab"]) -> Float[Tensor, "items size"]:
+        """The sets' logits, minus infinity at the padding."""
+        return logits.gather(1, self.ids).masked_fill(~self.mask, -torch.inf)
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What the items of one chunk are measured against."""
+
+    answer: TokenSets
+    wrong: TokenSets
+    reference: Float[Tensor, "items vocab"] | None = None
+    """Logits of the clean stream at the answer position, for `kl`."""
+
+
+@dataclass(frozen=True)
+class Readout:
+    """Logits of a chunk of items, with what several metrics need of them computed once."""
+
+    logits: Float[Tensor, "items vocab"]
+    """Float32 or float64."""
+    targets: Targets
+
+    @cached_property
+    def poison(self) -> Float[Tensor, " items"]:
+        """NaN where the item's logits hold a NaN, else 0 (a maximum passes NaN on)."""
+        top = self.logits.amax(-1)
+        return _to_sum_dtype(torch.where(top.isnan(), top, 0))
+
+    @cached_property
+    def log_partition(self) -> Float[Tensor, " items"]:
+        """Log-sum-exp of all logits."""
+        return log_partition(self.logits)
+
+    @cached_property
+    def answer(self) -> Float[Tensor, " items"]:
+        """Log-sum-exp of the answer set's logits."""
+        return _set_logit(self.targets.answer, self.logits)
+
+    @cached_property
+    def wrong(self) -> Float[Tensor, " items"]:
+        """Log-sum-exp of the wrong answer set's logits."""
+        return _set_logit(self.targets.wrong, self.logits)
+
+
+MetricFunction = Callable[[Readout], Tensor]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A metric and what has to be known to bind, normalise and label it."""
+
+    name: str
+    function: MetricFunction
+    label: str
+    """For axes and captions, with the unit where there is one."""
+    needs_wrong: bool = False
+    """Every prompt must have a wrong answer."""
+    needs_reference: bool = False
+    """The clean stream's logits must be given."""
+    higher_is_better: bool = True
+    """Whether more of it means that the model holds the correct answer more firmly."""
+    ratio_of_means_only: bool = False
+    """Single prompts' denominators are often 0, so the mean of ratios is refused."""
+
+
+METRICS: dict[str, Metric] = {}
+
+
+def _metric(
+    label: str,
+    *,
+    needs_wrong: bool = False,
+    needs_reference: bool = False,
+    higher_is_better: bool = True,
+    ratio_of_means_only: bool = False,
+) -> Callable[[MetricFunction], MetricFunction]:
+    """Registers a function under its own name."""
+
+    def register(function: MetricFunction) -> MetricFunction:
+        METRICS[function.__name__] = Metric(
+            function.__name__, function, label, needs_wrong, needs_reference, higher_is_better, ratio_of_means_only
+        )
+        return function
+
+    return register
+
+
+@_metric("logit difference", needs_wrong=True)
+def logit_diff(readout: Readout) -> Float[Tensor, " items"]:
+    """Log-sum-exp of the answer's logits minus that of the wrong answer's (log odds, in nats).
+
+    Normalised: `(patched − base) / (source − base)`; denoising has base = corrupt and source = clean, noising the
+    other way about, so 0 is no effect and 1 is fully restored (or fully broken).
+    """
+    return readout.answer - readout.wrong
+
+
+@_metric("probability")
+def prob(readout: Readout) -> Float[Tensor, " items"]:
+    """Probability of the answer: the sum over its tokens, in [0, 1].
+
+    Normalised as `logit_diff`. It hides components that push the answer down where its probability is near 0
+    (Zhang & Nanda 2309.16042).
+    """
+    return logprob(readout).exp()
+
+
+@_metric("probability difference", needs_wrong=True)
+def prob_diff(readout: Readout) -> Float[Tensor, " items"]:
+    """Probability of the answer minus that of the wrong answer, in [−1, 1]. Normalised as `logit_diff`."""
+    return prob(readout) - (readout.wrong - readout.log_partition).exp()
+
+
+@_metric("log-probability (nats)")
+def logprob(readout: Readout) -> Float[Tensor, " items"]:
+    """Natural logarithm of the answer's probability, at most 0. Normalised as `logit_diff`."""
+    return readout.answer - readout.log_partition
+
+
+@_metric("rank (0 is the top)", higher_is_better=False, ratio_of_means_only=True)
+def rank(readout: Readout) -> Float[Tensor, " items"]:
+    """Number of tokens whose logit is strictly higher than the answer's best; 0 is the top.
+
+    Normalised as `logit_diff`, by the ratio of means only: most prompts' clean and corrupt ranks are equal.
+    """
+    return _to_sum_dtype((readout.logits > _best_answer(readout)).sum(-1))
+
+
+@_metric("KL to clean (nats)", needs_reference=True, higher_is_better=False)
+def kl(readout: Readout) -> Float[Tensor, " items"]:
+    """Σ_vocab p_clean (log p_clean − log p), in nats: a sum over the vocabulary, never a mean.
+
+    The reference is the clean stream in both directions. Normalised as `logit_diff`: KL of the clean stream is 0, so
+    denoising gives `1 − KL / KL_corrupt` and noising `KL / KL_corrupt`.
+
+    Raises:
+        ValueError: The targets hold no reference.
+    """
+    reference = readout.targets.reference
+    if reference is None:
+        raise ValueError("kl needs the clean stream's logits")
+    reference_partition = log_partition(reference)
+    weights = (reference - reference_partition.to(reference.dtype)[:, None]).exp()
+    # Differences first: near the reference they are small, and so is what rounding leaves. A token the clean stream
+    # forbids (minus infinity) weighs nothing.
+    differences = (reference - readout.logits).masked_fill(weights == 0, 0)
+    summed = (weights * differences).sum(-1, dtype=_sum_dtype(reference))
+    return summed + readout.log_partition - reference_partition
+
+
+@_metric("accuracy", ratio_of_means_only=True)
+def accuracy(readout: Readout) -> Float[Tensor, " items"]:
+    """1 where the answer beats the wrong answer strictly (`logit_diff` > 0), else 0; a tie is 0.
+
+    A prompt without a wrong answer is measured against the whole vocabulary: 1 where the answer's best token is
+    strictly above every token outside the answer. Normalised as `logit_diff`, by the ratio of means only.
+    """
+    has_wrong = readout.targets.wrong.mask.any(-1)
+    beats_wrong = readout.answer > readout.wrong
+    if bool(has_wrong.all()):
+        return _to_sum_dtype(beats_wrong)
+    others = readout.logits.scatter(1, readout.targets.answer.ids, -torch.inf)
+    # Padding of the answer set points at token 0, which must stay unless it is an answer itself.
+    zero_is_answer = ((readout.targets.answer.ids == 0) & readout.targets.answer.mask).any(-1)
+    others[:, 0] = torch.where(zero_is_answer, -torch.inf, readout.logits[:, 0])
+    beats_all = _best_answer(readout)[:, 0] > others.amax(-1)
+    return _to_sum_dtype(torch.where(has_wrong, beats_wrong, beats_all))
+
+
+def log_partition(logits: Float[Tensor, "rows vocab"]) -> Float[Tensor, " rows"]:
+    """Log-sum-exp over the vocabulary, summed in float64 (1e-8 for float32 logits, where a float32 sum has 1e-6)."""
+    top = logits.amax(-1, keepdim=True)
+    # A row whose maximum is infinite has no partition but itself; subtracting it would hide minus infinity as NaN.
+    shift = top.masked_fill(top.isinf(), 0)
+    total = (logits - shift).exp_().sum(-1, dtype=_sum_dtype(logits))
+    return total.log() + _to_sum_dtype(shift[:, 0])
+
+
+class Measurer:
+    """Several metrics of any number of items in one pass.
+
+    Args:
+        names: Metrics, in the order of the columns.
+        prompts: Every prompt of the set; items refer to them by index.
+        reference_logits: `[prompts, vocab]`, the clean stream at the answer position; needed by `kl`.
+        device: Where the logits will be.
+
+    Raises:
+        UserError: A metric is unknown, a prompt has no answer, or no wrong answer where a metric needs one.
+        ValueError: `kl` without reference logits.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        prompts: Sequence[Prompt],
+        reference_logits: Float[Tensor, "prompts vocab"] | None = None,
+        *,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        """Checks the prompts and pads their answer sets, once."""
+        self.metrics = tuple(find_metric(name) for name in names)
+        check_prompts(self.metrics, prompts)
+        if reference_logits is None and any(metric.needs_reference for metric in self.metrics):
+            raise ValueError("kl needs the clean stream's logits")
+        device = torch.device(device)
+        self._answer = TokenSets.of([prompt.answer for prompt in prompts], device)
+        self._wrong = TokenSets.of([prompt.wrong_answer for prompt in prompts], device)
+        self._reference = None if reference_logits is None else reference_logits.detach().to(device)
+        self._largest_id = max((token for p in prompts for token in (*p.answer, *p.wrong_answer)), default=0)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the columns that a call gives."""
+        return tuple(metric.name for metric in self.metrics)
+
+    @torch.no_grad()
+    def __call__(
+        self, logits: Float[Tensor, "items vocab"], prompt_index: Int[Tensor, " items"]
+    ) -> Float[Tensor, "items metrics"]:
+        """Measures the items.
+
+        Args:
+            logits: At the answer position, of any floating type.
+            prompt_index: Which prompt each item belongs to.
+
+        Returns:
+            Float64 (float32 where the device has none), on the device of the logits.
+
+        Raises:
+            UserError: An answer's token id is outside the logits' vocabulary.
+        """
+        if self._largest_id >= logits.shape[1]:
+            raise UserError(
+                f"answer token id {self._largest_id} is outside the model's vocabulary of {logits.shape[1]} tokens",
+                "Use the tokenizer that belongs to the model.",
+            )
+        chunks = [self._measure(chunk) for chunk in self._readouts(logits, prompt_index)]
+        empty = logits.new_empty((0, len(self.metrics)), dtype=_sum_dtype(logits))
+        return torch.cat(chunks) if chunks else empty
+
+    def _readouts(self, logits: Tensor, prompt_index: Tensor) -> Iterator[Readout]:
+        for start in range(0, len(logits), ROWS_PER_CHUNK):
+            index = prompt_index[start : start + ROWS_PER_CHUNK]
+            reference = None if self._reference is None else _at_least_float32(self._reference[index])
+            targets = Targets(self._answer.at(index), self._wrong.at(index), reference)
+            yield Readout(_at_least_float32(logits[start : start + ROWS_PER_CHUNK]), targets)
+
+    def _measure(self, readout: Readout) -> Tensor:
+        return torch.stack([metric.function(readout) + readout.poison for metric in self.metrics], dim=-1)
+
+
+def find_metric(name: str) -> Metric:
+    """The metric of that name.
+
+    Raises:
+        UserError: There is none.
+    """
+    if name not in METRICS:
+        raise UserError(f"metrics: {name!r} is not a metric", f"Choose from {', '.join(sorted(METRICS))}.")
+    return METRICS[name]
+
+
+def check_prompts(metrics: Sequence[Metric], prompts: Sequence[Prompt]) -> None:
+    """Refuses metrics that the prompts cannot serve; to be called before any forward pass.
+
+    Raises:
+        UserError: A prompt has no answer, or no wrong answer where a metric needs one.
+    """
+    needing = [metric.name for metric in metrics if metric.needs_wrong]
+    for index, prompt in enumerate(prompts):
+        if not prompt.answer:
+            raise UserError(f"prompt {index} has no answer token", "Give every prompt an `answer`.")
+        if needing and not prompt.wrong_answer:
+            raise UserError(
+                f"metrics: {needing[0]} needs a wrong answer, and prompt {index} has none",
+                "Give every prompt a `wrong_answer`, or use prob, logprob, rank, accuracy or kl.",
+            )
+
+
+def _best_answer(readout: Readout) -> Tensor:
+    return readout.targets.answer.gather(readout.logits).amax(-1, keepdim=True)
+
+
+def _set_logit(tokens: TokenSets, logits: Tensor) -> Tensor:
+    return _to_sum_dtype(tokens.gather(logits)).logsumexp(-1)
+
+
+def _at_least_float32(values: Tensor) -> Tensor:
+    return values if values.dtype == torch.float64 else values.float()
+
+
+def _sum_dtype(values: Tensor) -> torch.dtype:
+    return torch.float32 if values.device.type == "mps" else torch.float64
+
+
+def _to_sum_dtype(values: Tensor) -> Tensor:
+    return values.to(_sum_dtype(values))
