@@ -53,13 +53,52 @@ class TokenSets:
 
 
 @dataclass(frozen=True)
+class Reference:
+    """The clean stream at the answer position, of every prompt."""
+
+    logits: Float[Tensor, "prompts vocab"]
+    probabilities: Float[Tensor, "prompts vocab"]
+    log_partition: Float[Tensor, " prompts"]
+
+    @classmethod
+    def of(cls, logits: Float[Tensor, "prompts vocab"]) -> "Reference":
+        """Takes the softmax of the clean logits once."""
+        logits = _at_least_float32(logits)
+        partition = log_partition(logits)
+        return cls(logits, (logits - partition.to(logits.dtype)[:, None]).exp_(), partition)
+
+    def expected_drop(
+        self, logits: Float[Tensor, "items vocab"], prompt_index: Int[Tensor, " items"]
+    ) -> Float[Tensor, " items"]:
+        """Σ_vocab p_clean (clean logit − logit), per item.
+
+        Differences first: near the reference they are small, and so is what rounding leaves.
+        """
+        own, weights = self.logits.to(logits.dtype), self.probabilities.to(logits.dtype)
+        if logits.device.type == "cpu":
+            # Row by row nothing is copied: four times as fast as gathering the items' references.
+            pairs = zip(prompt_index.tolist(), logits, strict=True)
+            drop = torch.stack([torch.dot(weights[i], own[i] - row) for i, row in pairs])
+        else:
+            drop = torch.linalg.vecdot(weights[prompt_index], own[prompt_index] - logits)
+        odd = ~drop.isfinite()
+        if bool(odd.any()):
+            # A token that the clean stream forbids (minus infinity) weighs nothing: 0 · ∞ is 0 here.
+            at = prompt_index[odd]
+            differences = (own[at] - logits[odd]).masked_fill(weights[at] == 0, 0)
+            drop[odd] = (weights[at] * differences).sum(-1)
+        return _to_sum_dtype(drop)
+
+
+@dataclass(frozen=True)
 class Targets:
     """What the items of one chunk are measured against."""
 
+    prompt_index: Int[Tensor, " items"]
     answer: TokenSets
     wrong: TokenSets
-    reference: Float[Tensor, "items vocab"] | None = None
-    """Logits of the clean stream at the answer position, for `kl`."""
+    reference: Reference | None = None
+    """For `kl`."""
 
 
 @dataclass(frozen=True)
@@ -186,16 +225,10 @@ def kl(readout: Readout) -> Float[Tensor, " items"]:
     Raises:
         ValueError: The targets hold no reference.
     """
-    reference = readout.targets.reference
+    reference, index = readout.targets.reference, readout.targets.prompt_index
     if reference is None:
         raise ValueError("kl needs the clean stream's logits")
-    reference_partition = log_partition(reference)
-    weights = (reference - reference_partition.to(reference.dtype)[:, None]).exp()
-    # Differences first: near the reference they are small, and so is what rounding leaves. A token the clean stream
-    # forbids (minus infinity) weighs nothing.
-    differences = (reference - readout.logits).masked_fill(weights == 0, 0)
-    summed = (weights * differences).sum(-1, dtype=_sum_dtype(reference))
-    return summed + readout.log_partition - reference_partition
+    return reference.expected_drop(readout.logits, index) + readout.log_partition - reference.log_partition[index]
 
 
 @_metric("accuracy", ratio_of_means_only=True)
@@ -256,7 +289,7 @@ class Measurer:
         device = torch.device(device)
         self._answer = TokenSets.of([prompt.answer for prompt in prompts], device)
         self._wrong = TokenSets.of([prompt.wrong_answer for prompt in prompts], device)
-        self._reference = None if reference_logits is None else reference_logits.detach().to(device)
+        self._reference = None if reference_logits is None else Reference.of(reference_logits.detach().to(device))
         self._largest_id = max((token for p in prompts for token in (*p.answer, *p.wrong_answer)), default=0)
 
     @property
@@ -292,8 +325,7 @@ class Measurer:
     def _readouts(self, logits: Tensor, prompt_index: Tensor) -> Iterator[Readout]:
         for start in range(0, len(logits), ROWS_PER_CHUNK):
             index = prompt_index[start : start + ROWS_PER_CHUNK]
-            reference = None if self._reference is None else _at_least_float32(self._reference[index])
-            targets = Targets(self._answer.at(index), self._wrong.at(index), reference)
+            targets = Targets(index, self._answer.at(index), self._wrong.at(index), self._reference)
             yield Readout(_at_least_float32(logits[start : start + ROWS_PER_CHUNK]), targets)
 
     def _measure(self, readout: Readout) -> Tensor:
