@@ -1,0 +1,164 @@
+"""Repeated random tokens (Olsson et al. 2209.11895): what followed a token once follows it again.
+
+A prompt is `prefix` tokens, a block of `block` tokens, and the first `seen` tokens of that block again; all tokens but
+the repeated ones differ. The answer is the block's next token. Spans, in the clean prompt: `matched` is the first
+occurrence of the current (last) token, `copied` the token after it, which is the answer, `end` the current token.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field, StrictInt
+
+from mechinterp_cli.errors import UserError
+from mechinterp_cli.tasks.draw import Draw
+from mechinterp_cli.tasks.options import Count, GeneratedOptions
+from mechinterp_cli.tasks.prompts import Prompt
+from mechinterp_cli.tasks.registry import Built, builds
+from mechinterp_cli.tasks.tokenise import Encoder
+
+_POOL = 2000
+"""So many ordinary tokens are enough to draw from."""
+_FEWEST_WORDS = 200
+"""A tokenizer with fewer whole words than this is one of symbols, and any ordinary token will do."""
+
+
+class InductionOptions(GeneratedOptions):
+    """Options of `induction`: random tokens, repeated."""
+
+    task_name: ClassVar[str] = "induction"
+    name: Literal["induction"] = "induction"
+    """The task."""
+    block: Annotated[StrictInt, Field(ge=2)] = 12
+    """Tokens in the block that is repeated."""
+    prefix: Annotated[StrictInt, Field(ge=0)] = 4
+    """Random tokens before the first block."""
+    seen: Count | None = None
+    """Tokens of the block that are repeated before the answer is asked for, below `block`; null: half of them."""
+    corruption: Literal["matched", "copied"] = "matched"
+    """Which token changes at its first occurrence: the one to be matched, or the one to be copied."""
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """Lengths of a prompt's parts and places in it, counted without what the tokenizer puts before it."""
+
+    prefix: int
+    block: int
+    seen: int
+
+    @property
+    def matched(self) -> int:
+        return self.prefix + self.seen - 1
+
+    @property
+    def copied(self) -> int:
+        return self.prefix + self.seen
+
+    @property
+    def drawn(self) -> int:
+        """Different tokens that a prompt and its corruption need."""
+        return self.prefix + self.block + 1
+
+
+@builds(InductionOptions)
+def build_induction(options: InductionOptions, encoder: Encoder) -> Built:
+    """Draw `n` prompts of one length over ordinary tokens; each is its own cluster.
+
+    The wrong answer is the token that the corrupt prompt would make right (`copied`), or else another token of the
+    block, so that copying anything from the prompt is not enough (`matched`).
+    """
+    shape = _shape(options)
+    if encoder.chat_template:
+        raise UserError("task.chat_template: induction prompts are no messages", "Leave the key out.")
+    draw = Draw(options.seed)
+    pool = ordinary_tokens(encoder, draw)
+    if len(pool) < shape.drawn:
+        cause = f"task induction: a prompt needs {shape.drawn} different tokens and this tokenizer has {len(pool)} ordinary ones"
+        raise UserError(cause, "Lower task.block or task.prefix.")
+    drawn: dict[tuple[int, ...], Prompt] = {}
+    for _ in range(10 * options.n + 100):
+        prompt = _prompt(options, shape, encoder, draw.sample(pool, shape.drawn), draw)
+        drawn.setdefault(prompt.clean_tokens, prompt)
+        if len(drawn) == options.n:
+            return Built(list(drawn.values()))
+    cause = f"task induction: only {len(drawn)} different prompts were found, and {options.n} are asked for"
+    raise UserError(cause, "Lower task.n, or raise task.block.")
+
+
+def ordinary_tokens(encoder: Encoder, draw: Draw) -> list[int]:
+    """Ids of tokens that are neither special nor a piece of a character, in a random order, at most 2,000.
+
+    Whole words after a space where the tokenizer has enough of them, any visible text where it has not (symbols).
+    """
+    size = min(len(encoder.tokenizer), encoder.vocab_size or len(encoder.tokenizer))
+    special = set(encoder.tokenizer.all_special_ids) | set(encoder.tokenizer.added_tokens_decoder)
+    words: list[int] = []
+    others: list[int] = []
+    for token in draw.distinct(size, size):
+        if token in special:
+            continue
+        text = encoder.text_of((token,))
+        if _is_word(str(encoder.tokenizer.convert_ids_to_tokens(token)), text):
+            words.append(token)
+        elif _is_visible(text):
+            others.append(token)
+        if len(words) == _POOL:
+            break
+    return words if len(words) >= _FEWEST_WORDS else sorted(words + others)
+
+
+def _is_word(raw: str, text: str) -> bool:
+    """Whether a token is a word after a space; byte-level and SentencePiece vocabularies mark the space."""
+    bare = text.strip()
+    return raw[:1] in {"Ġ", "▁", " "} and len(bare) > 1 and bare.isascii() and bare.isalpha()
+
+
+def _is_visible(text: str) -> bool:
+    bare = text.strip()
+    return bool(bare) and bare.isprintable() and "\ufffd" not in bare
+
+
+def _shape(options: InductionOptions) -> _Shape:
+    seen = options.block // 2 if options.seen is None else options.seen
+    if seen >= options.block:
+        cause = f"task.seen: {seen} is not below task.block ({options.block}), so no token is left to be the answer"
+        raise UserError(cause, f"Choose 1 to {options.block - 1}.")
+    return _Shape(options.prefix, options.block, seen)
+
+
+def _prompt(
+    options: InductionOptions, shape: _Shape, encoder: Encoder, tokens: Sequence[int], draw: Draw
+) -> Prompt:
+    *fresh, new = tokens
+    block = fresh[shape.prefix :]
+    clean = [*fresh, *block[: shape.seen]]
+    answer = block[shape.seen]
+    changed = shape.matched if options.corruption == "matched" else shape.copied
+    corrupt = [*clean[:changed], new, *clean[changed + 1 :]]
+    foils = [token for i, token in enumerate(block) if i not in (shape.seen - 1, shape.seen)]
+    other = draw.choice(foils) if foils else new
+    return _finished(encoder, shape, clean, corrupt, answer, other if options.corruption == "matched" else new)
+
+
+def _finished(
+    encoder: Encoder, shape: _Shape, clean: Sequence[int], corrupt: Sequence[int], answer: int, wrong: int
+) -> Prompt:
+    n = len(encoder.prefix)
+    text = encoder.text_of(tuple(clean))
+    tokens = (*encoder.prefix, *clean)
+    encoder.check(tokens, "task induction")
+    return Prompt(
+        clean=text,
+        clean_tokens=tokens,
+        answer=(answer,),
+        answer_text=encoder.text_of((answer,)),
+        corrupt=encoder.text_of(tuple(corrupt)),
+        corrupt_tokens=(*encoder.prefix, *corrupt),
+        wrong_answer=(wrong,),
+        wrong_answer_text=encoder.text_of((wrong,)),
+        spans={"matched": (n + shape.matched,), "copied": (n + shape.copied,), "end": (len(tokens) - 1,)},
+        template=f"{shape.prefix}-{shape.block}-{shape.seen}",
+        cluster=text,
+    )

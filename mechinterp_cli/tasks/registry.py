@@ -1,0 +1,40 @@
+"""Which function builds the prompts of which options class; each task registers its own, beside its options."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from mechinterp_cli.config.base import TaskOptions
+from mechinterp_cli.tasks.prompts import Dropped, Prompt
+from mechinterp_cli.tasks.tokenise import Encoder
+
+
+@dataclass(frozen=True)
+class Built:
+    """What a task's builder gives: the prompts, and those it left out."""
+
+    prompts: Sequence[Prompt]
+    dropped: Sequence[Dropped] = ()
+
+
+O = TypeVar("O", bound=TaskOptions)  # noqa: E741 - a type variable, one letter by custom
+Builder = Callable[[O, Encoder], Built]
+
+BUILDERS: dict[type[TaskOptions], Builder[TaskOptions]] = {}
+
+
+def builds(options: type[O]) -> Callable[[Builder[O]], Builder[O]]:
+    """Decorate the function that builds the prompts of one options class.
+
+    Args:
+        options: The task's options class.
+
+    Returns:
+        A decorator that registers the function and gives it back unchanged.
+    """
+
+    def register(builder: Builder[O]) -> Builder[O]:
+        BUILDERS[options] = builder  # type: ignore[assignment] # looked up by the class of the options it is called with
+        return builder
+
+    return register
