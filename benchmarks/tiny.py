@@ -7,17 +7,16 @@ attention that is not uniform, norms that are not the identity, biases and sinks
 
 import dataclasses
 import math
-import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
 
-from benchmarks.tiny_configs import GENERIC, OVERRIDES, SPECIAL_TOKENS, UNBUILDABLE
+from benchmarks.tiny_configs import GENERIC, LAYERS, MIXED_WITH_FULL_ATTENTION, OVERRIDES, UNBUILDABLE
 
 __all__ = ["UNBUILDABLE", "entries", "tiny_config", "tiny_model", "tiny_tokens"]
 
@@ -57,15 +56,8 @@ def tiny_config(model_type: str, *, layers: int = 3, overrides: Mapping[str, Any
     Returns:
         The config, of the class that the mapping names.
     """
-    config_class = CONFIG_MAPPING[model_type]
     given = _merged(OVERRIDES.get(model_type, {}), overrides or {})
-    config = config_class(**_values(config_class, layers, given))
-    if "layer_types" in given or "layer_types" not in _field_names(config_class):
-        return config
-    kinds = config.layer_types or []
-    if len(kinds) > 1 and len(set(kinds)) == 1 and kinds[0] != "full_attention":
-        config = config_class(**_values(config_class, layers, {**given, "layer_types": _mixed(kinds)}))
-    return config
+    return _build_config(CONFIG_MAPPING[model_type], layers, given)
 
 
 def tiny_model(
@@ -95,11 +87,13 @@ def tiny_model(
     if model_type in UNBUILDABLE:
         raise ValueError(f"{model_type} has no tiny model: {UNBUILDABLE[model_type]}")
     config = tiny_config(model_type, layers=layers, overrides=overrides)
+    model_class = cast("type[PreTrainedModel]", MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
     options = {"attn_implementation": attn_implementation} if attn_implementation else {}
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **options)
+        model: PreTrainedModel = model_class._from_config(
+            _causal_part(config, model_class), dtype=torch.float32, **options
+        )
         _randomise(model, torch.Generator().manual_seed(seed))
     return model.eval().requires_grad_(False)
 
@@ -113,26 +107,33 @@ def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any
     return merged
 
 
-def _values(config_class: type[PreTrainedConfig], layers: int, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a config class is called with: generic values of the fields it has, then what is given."""
+def _build_config(config_class: type[PreTrainedConfig], layers: int, given: Mapping[str, Any]) -> PreTrainedConfig:
+    """Build a config and its parts, with a full-attention layer among layers that would all be of another kind."""
+    values = _generic_values(config_class, layers)
+    parts = _parts(config_class)
+    for name, part in parts.items():
+        values[name] = _build_config(part, layers, given.get(name) or {})
+    values.update({name: value for name, value in given.items() if name not in parts})
+    config = config_class(**values)
+    if "layer_types" in given or "layer_types" not in _field_names(config_class):
+        return config
+    kinds = config.layer_types or []
+    if len(kinds) > 1 and len(set(kinds)) == 1 and kinds[0] in MIXED_WITH_FULL_ATTENTION:
+        config = config_class(**{**values, "layer_types": _mixed(kinds)})
+    return config
+
+
+def _generic_values(config_class: type[PreTrainedConfig], layers: int) -> dict[str, Any]:
+    """Return the generic values of the fields that a config class has."""
     names = _field_names(config_class)
-    values: dict[str, Any] = {}
+    values = {name: layers if GENERIC[name] is LAYERS else GENERIC[name] for name in names if name in GENERIC}
     free = _FIRST_FREE_TOKEN
     for name in names:
-        if name in SPECIAL_TOKENS:
-            values[name] = SPECIAL_TOKENS[name]
-        elif name.endswith(("_token_id", "_token_index")):
+        if name not in values and name.endswith(("_token_id", "_token_index")):
             values[name] = free
             free = min(free + 1, GENERIC["vocab_size"] - 1)
-        elif name in GENERIC:
-            values[name] = layers if GENERIC[name] == "layers" else GENERIC[name]
-    if "kv_lora_rank" in names:  # keys are expanded to every head from one latent vector
+    if "kv_lora_rank" in names:  # latent attention expands its keys to every head
         values["num_key_value_heads"] = values["num_attention_heads"]
-    for name, child in _children(config_class).items():
-        values[name] = _values(child, layers, given.get(name) or {})
-    for name, value in given.items():
-        if not (isinstance(value, Mapping) and name in _children(config_class)):
-            values[name] = value
     return values
 
 
@@ -141,12 +142,19 @@ def _field_names(config_class: type[PreTrainedConfig]) -> list[str]:
     return [field.name for field in dataclasses.fields(config_class)]
 
 
-def _children(config_class: type[PreTrainedConfig]) -> dict[str, type[PreTrainedConfig]]:
+def _parts(config_class: type[PreTrainedConfig]) -> dict[str, type[PreTrainedConfig]]:
     """Return the classes of a composite config's parts by field name."""
     parts = {}
-    for name, spec in config_class.sub_configs_defaults.items():
-        parts[name] = type(spec.default_config) if spec.model_type in CONFIG_MAPPING else spec.config_class
+    for name, default in config_class.sub_configs_defaults.items():
+        part: Any = getattr(default, "config_class", default)
+        parts[name] = CONFIG_MAPPING[default.model_type] if part is AutoConfig else part
     return parts
+
+
+def _causal_part(config: PreTrainedConfig, model_class: type[PreTrainedModel]) -> PreTrainedConfig:
+    """Return the part of a config that the causal language model is made from; most often all of it."""
+    parts = (getattr(config, name) for name in _parts(type(config)))
+    return next((part for part in parts if type(part) is model_class.config_class), config)
 
 
 def _mixed(kinds: list[str]) -> list[str]:
@@ -164,7 +172,7 @@ def _randomise(model: nn.Module, generator: torch.Generator) -> None:
                 seen.add(id(parameter))
                 _redraw(module, name, parameter.data, generator)
         for name, buffer in module.named_buffers(recurse=False):
-            if name.endswith("bias") and buffer.is_floating_point():
+            if name.endswith("_bias") or name == "layer_scalar":
                 buffer += 0.1 * torch.randn(buffer.shape, generator=generator)
 
 

@@ -43,17 +43,13 @@ FAMILIES: dict[str, Family] = {
         "post-norms, soft-caps on scores and logits, alternating window",
         {"sliding_window": WINDOW, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
     ),
-    "gemma3": Family(
-        "gemma3_text", "sdpa", "a rotary per layer type, alternating window", {"sliding_window": WINDOW}
-    ),
+    "gemma3": Family("gemma3_text", "sdpa", "a rotary per layer type, alternating window", {"sliding_window": WINDOW}),
     "phi": Family("phi", "sdpa", "parallel block, partial rotary, biases"),
     "phi3": Family("phi3", "sdpa", "fused qkv and fused gate, a window in every layer", {"sliding_window": WINDOW}),
     "olmo2": Family("olmo2", "sdpa", "norms after attention and MLP, not before"),
     "cohere": Family("cohere", "sdpa", "parallel block, logit scale"),
     "stablelm": Family("stablelm", "sdpa", "sequential block, layer norm, partial rotary"),
-    "gpt_oss": Family(
-        "gpt_oss", "eager", "sinks, mixture of experts, alternating window", {"sliding_window": WINDOW}
-    ),
+    "gpt_oss": Family("gpt_oss", "eager", "sinks, mixture of experts, alternating window", {"sliding_window": WINDOW}),
     "deepseek_v3": Family("deepseek_v3", "sdpa", "latent attention: values narrower than keys; experts above layer 0"),
     "mamba": Family("mamba", "none", "no attention at all"),
     "granite": Family(
