@@ -8,7 +8,7 @@ attention that is not uniform, norms that are not the identity, biases and sinks
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -87,7 +87,7 @@ def tiny_model(
     if model_type in UNBUILDABLE:
         raise ValueError(f"{model_type} has no tiny model: {UNBUILDABLE[model_type]}")
     config = tiny_config(model_type, layers=layers, overrides=overrides)
-    model_class = cast("type[PreTrainedModel]", MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
+    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     options = {"attn_implementation": attn_implementation} if attn_implementation else {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -95,7 +95,8 @@ def tiny_model(
             _causal_part(config, model_class), dtype=torch.float32, **options
         )
         _randomise(model, torch.Generator().manual_seed(seed))
-    return model.eval().requires_grad_(False)
+    model.train(False).requires_grad_(False)
+    return model
 
 
 def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
