@@ -131,9 +131,9 @@ def _check_different(draft: Draft, answer: tuple[int, ...], wrong: tuple[int, ..
         raise UserError(cause, "Give two different answers.")
     shared = tuple(sorted(set(answer) & set(wrong)))
     if shared:
-        right_text, wrong_text = (_shown(a, encoder) for a in (draft.answer, draft.wrong_answer))
+        texts = " and wrong_answer ".join(repr(_shown(a, encoder)) for a in (draft.answer, draft.wrong_answer))
         token = encoder.strings(shared)[0]
-        cause = f"{draft.where}: answer {right_text!r} and wrong_answer {wrong_text!r} begin with the same token {token!r}"
+        cause = f"{draft.where}: answer {texts} begin with the same token {token!r}"
         raise UserError(cause, "Give answers that differ in their first token.")
 
 

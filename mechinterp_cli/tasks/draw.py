@@ -14,13 +14,10 @@ _LISTED = 100_000
 
 
 class Draw:
-    """A source of seeded choices.
-
-    Args:
-        seed: Any non-negative integer.
-    """
+    """A source of seeded choices."""
 
     def __init__(self, seed: int) -> None:
+        """Start the sequence of a seed, any non-negative integer."""
         self._random = Random(seed)
 
     def below(self, n: int) -> int:

@@ -2,12 +2,14 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, StrictBool, StrictInt, StrictStr
+from pydantic import Field
 
 from mechinterp_cli.config.base import TaskOptions
+from mechinterp_cli.config.types import Count, Flag, Seed, Text
 
-Count = Annotated[StrictInt, Field(ge=1)]
-Templates = StrictInt | Literal["all"] | Annotated[tuple[StrictInt | StrictStr, ...], Field(min_length=1)]
+TemplateNumber = Annotated[int, Field(strict=True)]
+Templates = TemplateNumber | Literal["all"] | Annotated[tuple[TemplateNumber | Text, ...], Field(min_length=1)]
+"""Which of a task's templates: a number, all, or a list of numbers and of own templates."""
 
 
 class CommonOptions(TaskOptions):
@@ -15,14 +17,14 @@ class CommonOptions(TaskOptions):
 
     n: Count | None = 32
     """How many prompts; null takes every row of `file` and `inline`."""
-    seed: Annotated[StrictInt, Field(ge=0)] = 0
+    seed: Seed = 0
     """Seed of every draw the task makes."""
     keep: Literal["all", "correct"] = "all"
     """`correct` drops, and counts, the prompts that the model gets wrong."""
-    add_bos: StrictBool | None = None
+    add_bos: Flag | None = None
     """Put a beginning-of-sequence token before every prompt; null does as the tokenizer does."""
-    chat_template: StrictBool | None = None
-    """True puts the prompt into the tokenizer's chat template as the user's message; the answer then opens the reply."""
+    chat_template: Flag | None = None
+    """True wraps the prompt in the tokenizer's chat template as the user's message; the answer then opens the reply."""
     answer_tokens: Literal["single", "first"] = "single"
     """`single` refuses an answer of several tokens; `first` takes the first token of a longer answer."""
 

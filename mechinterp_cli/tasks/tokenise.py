@@ -116,12 +116,18 @@ class Encoder:
 
     def word(self, word: str) -> int | None:
         """The token id of a word within a sentence (after a space), or None where that is not one known token."""
+        ids = self.word_ids(word)
+        return ids[0] if len(ids) == 1 else None
+
+    def word_ids(self, word: str) -> tuple[int, ...]:
+        """The token ids of words within a sentence; none where the tokenizer or the model lacks one of them."""
         try:
             ids = self._continuation(_CARRIER, self.ids(_CARRIER), " " + word)
         except UnknownWordError:
-            return None
-        known = len(ids) == 1 and ids[0] != self.tokenizer.unk_token_id
-        return ids[0] if known and (self.vocab_size is None or ids[0] < self.vocab_size) else None
+            return ()
+        unknown = self.tokenizer.unk_token_id
+        rows = len(self.tokenizer) if self.vocab_size is None else self.vocab_size
+        return ids if all(i != unknown and i < rows for i in ids) else ()
 
     def reply(self, word: str) -> str:
         """A word as an answer's text: after a space, but at the start of a chat reply."""
@@ -255,13 +261,14 @@ def _own_prefix(tokenizer: "PreTrainedTokenizerBase") -> tuple[int, ...]:
 
 def _call(tokenizer: "PreTrainedTokenizerBase", text: str, **options: bool) -> "BatchEncoding":
     try:
-        return tokenizer(text, **options)
+        coded: BatchEncoding = tokenizer(text, **options)
     except Exception as error:
         # The tokenizers library raises the bare class, and nothing narrower, for a word it has no token for.
         if type(error) is not Exception:
             raise
         cause = f"{text!r} has a word that the tokenizer does not know ({error})"
         raise UnknownWordError(cause, "Use words it knows.") from None
+    return coded
 
 
 def _chat(tokenizer: "PreTrainedTokenizerBase", text: str, where: str) -> str:

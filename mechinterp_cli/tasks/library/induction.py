@@ -9,11 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, StrictInt
+from pydantic import Field
 
+from mechinterp_cli.config.types import Count, Index
 from mechinterp_cli.errors import UserError
 from mechinterp_cli.tasks.draw import Draw
-from mechinterp_cli.tasks.options import Count, GeneratedOptions
+from mechinterp_cli.tasks.options import GeneratedOptions
 from mechinterp_cli.tasks.prompts import Prompt
 from mechinterp_cli.tasks.registry import Built, builds
 from mechinterp_cli.tasks.tokenise import Encoder
@@ -30,9 +31,9 @@ class InductionOptions(GeneratedOptions):
     task_name: ClassVar[str] = "induction"
     name: Literal["induction"] = "induction"
     """The task."""
-    block: Annotated[StrictInt, Field(ge=2)] = 12
+    block: Annotated[int, Field(strict=True, ge=2)] = 12
     """Tokens in the block that is repeated."""
-    prefix: Annotated[StrictInt, Field(ge=0)] = 4
+    prefix: Index = 4
     """Random tokens before the first block."""
     seen: Count | None = None
     """Tokens of the block that are repeated before the answer is asked for, below `block`; null: half of them."""
@@ -75,7 +76,8 @@ def build_induction(options: InductionOptions, encoder: Encoder) -> Built:
     draw = Draw(options.seed)
     pool = ordinary_tokens(encoder, draw)
     if len(pool) < shape.drawn:
-        cause = f"task induction: a prompt needs {shape.drawn} different tokens and this tokenizer has {len(pool)} ordinary ones"
+        found = f"this tokenizer has {len(pool)} ordinary ones"
+        cause = f"task induction: a prompt needs {shape.drawn} different tokens and {found}"
         raise UserError(cause, "Lower task.block or task.prefix.")
     drawn: dict[tuple[int, ...], Prompt] = {}
     for _ in range(10 * options.n + 100):

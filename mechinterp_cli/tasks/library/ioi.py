@@ -29,15 +29,16 @@ TEMPLATES = (
 )
 PLACES = ("store", "school", "park", "office", "station", "garden", "hospital", "house", "market", "library")
 OBJECTS = ("drink", "book", "ring", "ball", "letter", "box", "card", "key", "picture", "coin")
-NAMES = tuple(
-    """Mary John Tom James Dan Martin Amy Simon Alice Paul David Sarah Robert Michael William Richard Joseph Thomas
+_NAMES = """
+    Mary John Tom James Dan Martin Amy Simon Alice Paul David Sarah Robert Michael William Richard Joseph Thomas
     Charles Daniel Matthew Mark Anthony Steven Andrew Kevin Brian George Edward Peter Jack Henry Adam Frank Scott Eric
     Stephen Larry Justin Patrick Alexander Jerry Tyler Aaron Jose Nathan Kyle Carl Arthur Roger Joe Albert Jesse Ryan
     Jacob Jason Gary Nicholas Jonathan Sam Ben Max Luke Alex Elizabeth Linda Barbara Susan Jessica Karen Lisa Nancy
     Sandra Ashley Emily Donna Michelle Carol Amanda Laura Rebecca Anna Kathleen Helen Rachel Maria Heather Diane
     Julie Victoria Kelly Christina Joan Judith Martha Hannah Jacqueline Ann Jean Rose Grace Jane Kate Emma Claire Lucy
-    Sophie Julia Eva Sara Ruth Ellen""".split()
-)
+    Sophie Julia Eva Sara Ruth Ellen
+"""
+NAMES = tuple(_NAMES.split())
 _FIELDS = {"A", "B", "S", "place", "object"}
 _NEEDED = {"A", "B", "S"}
 
@@ -49,11 +50,11 @@ class IoiOptions(GeneratedOptions):
     name: Literal["ioi"] = "ioi"
     """The task."""
     templates: Templates = 0
-    """A template's number (0 to 7), a list of numbers and of own templates with {A}, {B}, {S}, {place}, {object}, or all."""
+    """A template's number (0 to 7), all, or a list of numbers and own templates ({A}, {B}, {S}, {place}, {object})."""
     order: Literal["ABBA", "BABA", "both"] = "ABBA"
     """ABBA names the indirect object first, BABA the subject."""
     corruption: Literal["swap_subject", "third_name", "random_names"] = "swap_subject"
-    """The corrupt prompt: second subject replaced by the indirect object, or by a third name, or all names by others."""
+    """What the corrupt prompt does: second subject to indirect object, or to a third name; or all names to others."""
     fillers: Literal["vary", "fixed"] = "vary"
     """Whether places and objects vary, or are always the store and the drink."""
 
@@ -99,7 +100,8 @@ def _words(options: IoiOptions, encoder: Encoder) -> tuple[Sequence[str], Sequen
     names = [name for name in NAMES if encoder.single(name)]
     needed = {"swap_subject": 2, "third_name": 3, "random_names": 5}[options.corruption]
     if len(names) < needed:
-        cause = f"task ioi: this tokenizer has {len(names)} of its {len(NAMES)} names as single tokens; it needs {needed}"
+        found = f"this tokenizer has {len(names)} of its {len(NAMES)} names as single tokens"
+        cause = f"task ioi: no usable names: {found} and {needed} are needed"
         raise UserError(cause, "Use another task with this model, or give prompts of your own (task.prompts).")
     if options.fillers == "fixed":
         return names, PLACES[:1], OBJECTS[:1]
