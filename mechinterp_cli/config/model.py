@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import StringConstraints
 
 from mechinterp_cli.config.base import BaseConfig
+from mechinterp_cli.config.types import Flag, Text
 
 Device = Annotated[str, StringConstraints(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")]
 
@@ -12,9 +13,9 @@ Device = Annotated[str, StringConstraints(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$
 class ModelOptions(BaseConfig):
     """Which model an experiment runs on."""
 
-    id: Annotated[str, StringConstraints(min_length=1)]
+    id: Text
     """Tried in this order: a name from `mechinterp models`, a local folder, a .gguf file, a Hugging Face id."""
-    revision: str | None = None
+    revision: Text | None = None
     """Branch, tag or commit of a Hugging Face id; a checkpoint (`step600`) of toy-induction."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Number format of weights and activations; what the file holds is converted."""
@@ -22,9 +23,9 @@ class ModelOptions(BaseConfig):
     """`cpu`, `cuda`, `cuda:N`, `mps`, or `auto`: the first CUDA device, else the CPU."""
     attn_implementation: Literal["eager", "sdpa"] | None = None
     """How attention is computed; null leaves the choice to the model."""
-    allow_pickle: bool = False
+    allow_pickle: Flag = False
     """Accept weights in pickle files (.bin, .pt, .pth), which only PyTorch's restricted unpickler reads."""
-    trust_remote_code: bool = False
+    trust_remote_code: Flag = False
     """Run Python code that comes with the model; a Hugging Face id then needs a 40-digit commit as its revision."""
-    anatomy: dict[str, str] | None = None
-    """Module paths of parts that were not found by themselves, by the part's name."""
+    anatomy: dict[str, Text] | None = None
+    """For a model whose decoder layers are not found by themselves: `layers: model.decoder.layers`."""

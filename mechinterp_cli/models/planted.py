@@ -20,7 +20,7 @@ from transformers import GPT2Config
 
 from mechinterp_cli.models.symbols import VOCABULARY
 
-LAYERS, HEADS, D_HEAD = 2, 4, 72
+LAYERS, HEADS, D_HEAD, NEURONS = 2, 4, 72, 32
 PREVIOUS_TOKEN_HEAD = (0, 1)
 """(layer, head) of the head that attends to the token before."""
 INDUCTION_HEAD = (1, 2)
@@ -35,7 +35,7 @@ _SHARPNESS = 16.0
 _LOGIT = 12.0
 """Logit of a symbol that the induction head attends to fully."""
 _FREQUENCIES = tuple(range(10, 70, 3))
-"""Turns per `POSITIONS` tokens. This set keeps the sum of cosines at any wrong distance 8.5 of 20 below the right one."""
+"""Turns per `POSITIONS` tokens. With these, cosines at a wrong distance sum to 8.5 of 20 less than at the right one."""
 _POSITION_GAP = 8.5
 
 
@@ -63,7 +63,7 @@ def planted_config() -> GPT2Config:
         n_embd=_D_MODEL,
         n_layer=LAYERS,
         n_head=HEADS,
-        n_inner=32,
+        n_inner=NEURONS,
         resid_pdrop=0.0,
         embd_pdrop=0.0,
         attn_pdrop=0.0,
@@ -184,7 +184,6 @@ def _attention(layer: int) -> _Projections:
 def _layer(layer: int) -> dict[str, Tensor]:
     heads = _attention(layer)
     generator = torch.Generator().manual_seed(layer)
-    inner = planted_config().n_inner
     return {
         **_norm("ln_1", written=layer),
         "attn.c_attn.weight": torch.cat([heads.query, heads.key, heads.value], dim=1),
@@ -193,8 +192,8 @@ def _layer(layer: int) -> dict[str, Tensor]:
         "attn.c_proj.bias": torch.zeros(_D_MODEL),
         **_norm("ln_2", written=layer + 1),
         # The neurons fire, so that there is something to patch, but write nothing.
-        "mlp.c_fc.weight": torch.randn(_D_MODEL, inner, generator=generator) / math.sqrt(_D_MODEL),
-        "mlp.c_fc.bias": torch.zeros(inner),
-        "mlp.c_proj.weight": torch.zeros(inner, _D_MODEL),
+        "mlp.c_fc.weight": torch.randn(_D_MODEL, NEURONS, generator=generator) / math.sqrt(_D_MODEL),
+        "mlp.c_fc.bias": torch.zeros(NEURONS),
+        "mlp.c_proj.weight": torch.zeros(NEURONS, _D_MODEL),
         "mlp.c_proj.bias": torch.zeros(_D_MODEL),
     }

@@ -5,6 +5,7 @@ not a symbol becomes `<unk>`, which is a special token and so never counts as a 
 """
 
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -34,9 +35,11 @@ def load_tokenizer(max_length: int) -> PreTrainedTokenizerFast:
     Args:
         max_length: Longest prompt of the model it is for, in tokens.
     """
-    return PreTrainedTokenizerFast(
+    make: Any = PreTrainedTokenizerFast  # not annotated
+    tokenizer: PreTrainedTokenizerFast = make(
         tokenizer_file=str(TOKENIZER_FILE),
         unk_token=UNKNOWN,
         model_max_length=max_length,
         clean_up_tokenization_spaces=False,
     )
+    return tokenizer

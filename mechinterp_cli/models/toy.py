@@ -106,7 +106,7 @@ def train(folder: Path, *, seed: int, steps: tuple[int, ...] = _CHECKPOINTS) -> 
         if step in steps:
             saved.append(_save(model, folder, step, loss.item()))
         optimizer.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         optimizer.step()
     text = json.dumps([asdict(checkpoint) for checkpoint in saved], indent=2)
     (folder / "checkpoints.json").write_text(text + "\n", encoding="utf-8")
@@ -116,7 +116,8 @@ def _loss(model: LlamaForCausalLM, generator: torch.Generator) -> Float[Tensor, 
     tokens, predictable = training_batch(generator)
     log_probabilities = model(tokens, use_cache=False).logits[:, :-1].log_softmax(-1)
     surprise = -log_probabilities.gather(2, tokens[:, 1:, None])[..., 0]
-    return (surprise * predictable).sum() / predictable.sum()
+    loss: Tensor = (surprise * predictable).sum() / predictable.sum()
+    return loss
 
 
 def _save(model: LlamaForCausalLM, folder: Path, step: int, loss: float) -> Checkpoint:
