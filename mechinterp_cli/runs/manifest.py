@@ -1,0 +1,137 @@
+"""The manifest: what ran, on what, how it ended, and the hash of everything it left."""
+
+import dataclasses
+import json
+import math
+import os
+import platform
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import mechinterp_cli
+from mechinterp_cli.errors import RunError, UserError
+from mechinterp_cli.runs.atomic import FileInfo, write_bytes
+
+SCHEMA_VERSION = 1
+FILE_NAME = "manifest.json"
+Status = Literal["running", "complete", "interrupted", "failed"]
+_STATUSES = frozenset({"running", "complete", "interrupted", "failed"})
+
+
+def utc_now() -> str:
+    """Give the time in UTC to the millisecond, as ISO 8601."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+@dataclass
+class Manifest:
+    """Everything needed to run an experiment again and to see what differed.
+
+    Times are UTC; durations come from a monotonic clock. Values that JSON has no word for (NaN, infinities) are
+    written as the texts `"NaN"`, `"Infinity"`, `"-Infinity"`.
+    """
+
+    subcommand: str
+    name: str
+    config: dict[str, Any]
+    """Resolved: every default filled in."""
+    config_sha256: str
+    command: list[str] = field(default_factory=list)
+    """The command line."""
+    overrides: list[str] = field(default_factory=list)
+    schema_version: int = SCHEMA_VERSION
+    mechinterp_version: str = mechinterp_cli.__version__
+    status: Status = "running"
+    error: str | None = None
+    """Why the run failed or was interrupted."""
+    started: str = field(default_factory=utc_now)
+    heartbeat: str = field(default_factory=utc_now)
+    """When the run last gave a sign of life."""
+    finished: str | None = None
+    duration_seconds: float | None = None
+    pid: int = field(default_factory=os.getpid)
+    host: str = field(default_factory=platform.node)
+    model: dict[str, Any] = field(default_factory=dict)
+    """Id, revision, sha256 of weight files and tokenizer, dtype, anatomy."""
+    task: dict[str, Any] = field(default_factory=dict)
+    """Name, hash, prompt count, what was dropped, `add_bos`, `chat_template`."""
+    engine: dict[str, Any] = field(default_factory=dict)
+    """Executor, proof, plan, halvings after out-of-memory."""
+    seeds: dict[str, int] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    git: dict[str, Any] | None = None
+    hardware: dict[str, Any] = field(default_factory=dict)
+    peak_memory_bytes: int | None = None
+    units_done: int = 0
+    units_total: int | None = None
+    outputs: dict[str, FileInfo] = field(default_factory=dict)
+    """File name within the run directory to its hash, size and rows."""
+    warnings: list[str] = field(default_factory=list)
+
+    def to_json(self) -> str:
+        """Write as JSON text."""
+        return json.dumps(_plain(dataclasses.asdict(self)), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, source: str = FILE_NAME) -> "Manifest":
+        """Read from JSON text.
+
+        Args:
+            text: What `to_json` wrote; keys this version does not know are left out.
+            source: The file, for errors.
+
+        Raises:
+            RunError: It is cut off, or not a manifest.
+            UserError: A newer version of mechinterp wrote it.
+        """
+        try:
+            data = json.loads(text)
+            version, status = data["schema_version"], data["status"]
+            known = {item.name for item in dataclasses.fields(cls)}
+            outputs = {name: FileInfo(**info) for name, info in data.pop("outputs", {}).items()}
+            manifest = cls(**{key: value for key, value in data.items() if key in known}, outputs=outputs)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise RunError(f"{source}: not a readable manifest: {error}", "The run crashed or was damaged.") from error
+        if not isinstance(version, int) or version > SCHEMA_VERSION:
+            raise UserError(
+                f"{source}: written by a newer mechinterp (manifest version {version}; known: {SCHEMA_VERSION})",
+                "Update mechinterp.",
+            )
+        if status not in _STATUSES:
+            raise RunError(f"{source}: unknown status {status!r}", "The manifest was changed by hand or damaged.")
+        return manifest
+
+    def write(self, folder: Path) -> None:
+        """Write `manifest.json` into a run directory, atomically.
+
+        Raises:
+            RunError: It cannot be written.
+        """
+        write_bytes(folder / FILE_NAME, self.to_json().encode("utf-8", "backslashreplace"))
+
+    @classmethod
+    def read(cls, folder: Path) -> "Manifest":
+        """Read a run directory's manifest.
+
+        Raises:
+            RunError: There is none, or it cannot be read.
+        """
+        path = folder / FILE_NAME
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise RunError(f"{path}: cannot be read: {error}", "Give the path of a run directory.") from error
+        return cls.from_json(text, str(path))
+
+
+def _plain(value: Any) -> Any:
+    """Turn a value into what JSON can hold."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return value
