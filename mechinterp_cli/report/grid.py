@@ -1,0 +1,222 @@
+"""From summary rows to the grids that pictures are drawn from: one heat map per site block, one panel per template.
+
+Rows are layers, columns are token positions of one template, spans, heads or neurons. Positions of different
+templates never share a panel.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from mechinterp_cli.report.labels import show_text, show_token
+
+MAX_PANELS = 12
+"""More combinations than this are not drawn apart: each cell then holds the strongest of them, and says so."""
+
+COLUMN_TITLES = {"position": "token", "span": "span", "head": "head", "kv_head": "key/value head", "neuron": "neuron"}
+AGGREGATE_NAMES = {
+    "ratio_of_means": "ratio of means",
+    "mean_of_ratios": "mean of ratios",
+    "mean": "mean effect in the metric's own unit",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Panel:
+    """One grid of cells."""
+
+    title: str
+    column_title: str
+    columns: tuple[str, ...]
+    """Labels, distinct."""
+    layers: tuple[int, ...]
+    """Ascending; drawn with the first at the bottom, as the network is."""
+    values: npt.NDArray[np.float64]
+    """`[layers, columns]`; finite where `status` is `ok`."""
+    status: npt.NDArray[np.object_]
+    """`ok`, `trivial` (exactly 0, not computed), `undefined`, `nan`, or `absent` (no such trial)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Heatmap:
+    """One picture, whatever draws it."""
+
+    title: str
+    subtitle: str
+    caption: str
+    quantity: str
+    """What the colour stands for."""
+    panels: tuple[Panel, ...]
+
+    @property
+    def limit(self) -> float:
+        """Largest magnitude of any cell: the colour scale of every panel is ± this; 1 where nothing moved."""
+        found = [np.abs(panel.values[panel.status == "ok"]) for panel in self.panels]
+        largest = max((float(values.max()) for values in found if len(values)), default=0.0)
+        return largest or 1.0
+
+    @property
+    def states(self) -> tuple[str, ...]:
+        """Which kinds of cells without a colour there are."""
+        seen = {state for panel in self.panels for state in panel.status.flat}
+        return tuple(state for state in ("trivial", "undefined", "nan", "absent") if state in seen)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeatmapSpec:
+    """What a picture says beside its cells.
+
+    The rows of one block (one site block, one metric) are chosen by the caller; `aggregate` and `group` pick among
+    them.
+    """
+
+    title: str
+    """Such as `resid_pre, ioi, denoise`."""
+    subtitle: str = ""
+    """Model, metric, number of prompts."""
+    normalization: str = ""
+    """What 0 and 1 mean; the caption."""
+    aggregate: str = "ratio_of_means"
+    group: str = "all"
+    tokens: Mapping[str, Sequence[str]] | None = None
+    """Decoded tokens of each template's first prompt, by the label in the frame's `template` column (`""` where the
+    frame has none)."""
+    names_vary: bool = False
+    """Other prompts of the template have other words in some places; the caption says so."""
+
+
+def build_heatmap(summary: pd.DataFrame, spec: HeatmapSpec) -> Heatmap:
+    """Arranges the rows of one site block and metric.
+
+    Args:
+        summary: Columns as in the run directory's summary: `layer`, at least one of `head`, `neuron`, `span`,
+            `position`, and `aggregate, group, value, effect, normalized, status`. A column `template` makes a panel
+            per template. Null stands for "all of them".
+        spec: What to pick and to say.
+
+    Raises:
+        ValueError: No row is left, or positions of several templates would share a panel.
+    """
+    rows = summary[(summary["aggregate"] == spec.aggregate) & (summary["group"] == spec.group)]
+    if rows.empty:
+        raise ValueError(f"no summary rows of aggregate {spec.aggregate!r} and group {spec.group!r}")
+    quantity = "effect" if spec.aggregate == "mean" else "normalized"
+    column = _column_axis(rows)
+    keys = [name for name in ("template", "head", "kv_head", "neuron", "span", "position") if _varies(rows, name)]
+    keys = [name for name in keys if name != column]
+    layers = tuple(sorted({int(layer) for layer in rows["layer"].dropna()})) or (0,)
+    strongest = [name for name in keys if name != "template"] if _groups(rows, keys) > MAX_PANELS else []
+    keys = [name for name in keys if name not in strongest]
+    panels = [
+        _panel(part, _panel_title(keys, key), column, layers, quantity, _tokens(spec, part))
+        for key, part in (rows.groupby(keys, dropna=False, sort=False) if keys else [((), rows)])
+    ]
+    return Heatmap(
+        title=spec.title,
+        subtitle=spec.subtitle,
+        caption=_caption(spec, column, strongest),
+        quantity="effect" if quantity == "effect" else "normalised effect",
+        panels=tuple(panels),
+    )
+
+
+def _varies(rows: pd.DataFrame, name: str) -> bool:
+    return name in rows and rows[name].nunique(dropna=False) > 1
+
+
+def _groups(rows: pd.DataFrame, keys: Sequence[str]) -> int:
+    return len(rows[list(keys)].drop_duplicates()) if keys else 1
+
+
+def _column_axis(rows: pd.DataFrame) -> str | None:
+    """The finest thing that varies, heads before positions; else whatever is given at all."""
+    names = ("neuron", "head", "kv_head", "span", "position")
+    for name in names:
+        if _varies(rows, name) and not rows[name].isna().all():
+            return name
+    return next((name for name in names if name in rows and rows[name].notna().any()), None)
+
+
+def _tokens(spec: HeatmapSpec, rows: pd.DataFrame) -> Sequence[str]:
+    templates = rows["template"].dropna().unique().tolist() if "template" in rows else []
+    if len(templates) > 1 and rows["position"].notna().any():
+        raise ValueError("positions of several templates cannot share a panel")
+    known = spec.tokens or {}
+    return known.get(str(templates[0]) if templates else "", ())
+
+
+def _panel_title(keys: Sequence[str], key: object) -> str:
+    values = key if isinstance(key, tuple) else (key,)
+    named = [(name, value) for name, value in zip(keys, values, strict=True) if not pd.isna(value)]
+    return ", ".join(
+        show_text(str(value))[:60] if name == "template" else f"{COLUMN_TITLES[name]} {show_token(str(value))}"
+        for name, value in named
+    )
+
+
+def _caption(spec: HeatmapSpec, column: str | None, strongest: Sequence[str]) -> str:
+    parts = [spec.normalization, f"Aggregate: {AGGREGATE_NAMES.get(spec.aggregate, spec.aggregate)}."]
+    if spec.group != "all":
+        parts.append(f"Group: {spec.group}.")
+    if strongest:
+        parts.append(f"Each cell is the strongest over {' and '.join(COLUMN_TITLES[name] for name in strongest)}.")
+    if spec.names_vary and column == "position":
+        parts.append("Tokens are those of the first prompt.")
+    return " ".join(part for part in parts if part)
+
+
+def _panel(
+    rows: pd.DataFrame,
+    title: str,
+    column: str | None,
+    layers: tuple[int, ...],
+    quantity: str,
+    tokens: Sequence[str],
+) -> Panel:
+    keys = _column_keys(rows, column)
+    values = np.full((len(layers), len(keys)), np.nan)
+    status = np.full(values.shape, "absent", dtype=object)
+    row_of, column_of = {layer: i for i, layer in enumerate(layers)}, {key: i for i, key in enumerate(keys)}
+    places = rows[column].tolist() if column else [""] * len(rows)
+    cells = zip(rows["layer"], places, rows[quantity], rows["status"], strict=True)
+    for layer, place, value, state in cells:
+        at = (row_of[0 if pd.isna(layer) else int(layer)], column_of[_key(place)])
+        number = np.nan if pd.isna(value) else float(value)
+        if status[at] == "absent" or (state == "ok" and not abs(number) <= abs(values[at])):
+            values[at], status[at] = number, _cell_state(str(state), number)
+    labels = _labels(keys, column, tokens)
+    name = COLUMN_TITLES.get(column or "", "")
+    return Panel(title=title, column_title=name, columns=labels, layers=layers, values=values, status=status)
+
+
+def _cell_state(state: str, number: float) -> str:
+    if state == "ok" and not np.isfinite(number):
+        return "undefined" if np.isnan(number) else "nan"
+    return state
+
+
+def _key(place: object) -> object:
+    return "" if place is None or pd.isna(place) else int(place) if isinstance(place, (int, float)) else str(place)  # type: ignore[call-overload] # pandas' isna takes scalars
+
+
+def _column_keys(rows: pd.DataFrame, column: str | None) -> list[object]:
+    """Numbers ascending; spans in the order of the rows, which is that of the config."""
+    keys = list(dict.fromkeys(_key(place) for place in rows[column])) if column else [""]
+    numbers = sorted(key for key in keys if isinstance(key, int))
+    return [*numbers, *[key for key in keys if not isinstance(key, int)]]
+
+
+def _labels(keys: Sequence[object], column: str | None, tokens: Sequence[str]) -> tuple[str, ...]:
+    if column == "position":
+        return tuple(_position_label(key, tokens) for key in keys)
+    return tuple(show_token(str(key)) if key != "" else "all" for key in keys)
+
+
+def _position_label(key: object, tokens: Sequence[str]) -> str:
+    """The position's number makes the label distinct where a word is repeated."""
+    if not isinstance(key, int):
+        return "all"
+    return f"{key} {show_token(tokens[key])}" if 0 <= key < len(tokens) else str(key)

@@ -1,0 +1,150 @@
+"""Heat maps as PNG and SVG, drawn by Altair and vl-convert without a browser or a network."""
+
+import io
+import json
+import textwrap
+from typing import Any
+
+import altair as alt
+
+from mechinterp_cli.report.grid import Heatmap, Panel
+from mechinterp_cli.report.labels import show_text
+
+COLOURS = ("#b2182b", "#ef8a62", "#fddbc7", "#ffffff", "#d1e5f0", "#67a9cf", "#2166ac")
+"""ColorBrewer's red–blue, which the colour-blind can tell apart: white is 0, blue is positive."""
+STATE_COLOURS = {"trivial": "#e3e3e3", "undefined": "#8a8a8a", "nan": "#000000"}
+STATE_NAMES = {"trivial": "exactly 0 (trivial)", "undefined": "undefined", "nan": "NaN"}
+
+CELL_WIDTH, CELL_HEIGHT = 30, 14
+PICTURE_WIDTH = 1280
+"""Panels are set side by side up to this many pixels."""
+MAX_COLUMN_LABELS = 64
+
+
+def chart(heatmap: Heatmap) -> alt.ConcatChart:
+    """The picture as a Vega-Lite chart, one colour scale over all panels."""
+    widths = [_panel_width(panel) for panel in heatmap.panels]
+    across = max(1, PICTURE_WIDTH // (max(widths) + 110))
+    # One scale for all panels, so one legend: at the end of the first row.
+    last = min(across, len(widths)) - 1
+    panels = [_panel_chart(heatmap, panel, with_legend=i == last) for i, panel in enumerate(heatmap.panels)]
+    room = (max(widths) + 110) * min(across, len(widths))
+    lines = [*_wrap(heatmap.subtitle, room), *_wrap(heatmap.caption, room)]
+    title = alt.TitleParams(
+        _wrap(heatmap.title, room, pixels=8.5),
+        subtitle=lines,
+        anchor="start",
+        fontSize=15,
+        subtitleFontSize=11,
+        subtitleColor="#444444",
+        subtitleLineHeight=15,
+        offset=12,
+    )
+    whole = alt.concat(*panels, columns=across, title=title, spacing=24).resolve_scale(color="independent")
+    drawn: alt.ConcatChart = whole.configure_view(stroke="#999999").configure_axis(grid=False)
+    return drawn
+
+
+def render_png(heatmap: Heatmap, *, scale: float = 2.0) -> bytes:
+    """The picture as PNG.
+
+    Args:
+        heatmap: What to draw.
+        scale: Pixels per unit; 2 is sharp on dense screens and in print.
+    """
+    buffer = io.BytesIO()
+    chart(heatmap).save(buffer, format="png", scale_factor=scale)
+    return buffer.getvalue()
+
+
+def render_svg(heatmap: Heatmap) -> str:
+    """The picture as SVG; text from tokens is escaped."""
+    buffer = io.StringIO()
+    chart(heatmap).save(buffer, format="svg")
+    return buffer.getvalue()
+
+
+def inert_json(chart_or_spec: alt.ConcatChart | dict[str, Any]) -> str:
+    """A chart's specification as JSON that can stand inside a `<script>` element.
+
+    No token can end the element or open a comment: every `<` is written as its code, and all of it is ASCII.
+    """
+    spec = chart_or_spec if isinstance(chart_or_spec, dict) else chart_or_spec.to_dict()
+    return json.dumps(spec, allow_nan=False).replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def _wrap(text: str, room: float, *, pixels: float = 6.0) -> list[str]:
+    return textwrap.wrap(show_text(text), max(70, int(room / pixels)), break_long_words=True)
+
+
+def _panel_width(panel: Panel) -> int:
+    columns = len(panel.columns)
+    return max(120, min(columns * CELL_WIDTH, max(560, columns)))
+
+
+def _panel_height(panel: Panel) -> int:
+    rows = len(panel.layers)
+    return rows * max(CELL_HEIGHT, min(28, 220 // rows))
+
+
+def _panel_chart(heatmap: Heatmap, panel: Panel, *, with_legend: bool) -> alt.LayerChart:
+    # The order is the scale's domain: as a `sort` list, a thousand columns overflow the renderer's stack.
+    order = alt.Scale(domain=list(panel.columns))
+    x = alt.X("column:N", scale=order, title=panel.column_title or None, axis=_column_axis(panel))
+    y = alt.Y("layer:O", sort="descending", title="layer", axis=_layer_axis(panel))
+    cells = _cells(panel)
+    known = alt.InlineData(values=[cell for cell in cells if cell["state"] == "ok"])
+    odd = alt.InlineData(values=[cell for cell in cells if cell["state"] in STATE_COLOURS])
+    layers = [alt.Chart(known).mark_rect().encode(x, y, _value_colour(heatmap, with_legend))]
+    if any(state in STATE_COLOURS for state in heatmap.states):
+        layers.append(alt.Chart(odd).mark_rect().encode(x, y, _state_colour(heatmap, with_legend)))
+    layered = alt.layer(*layers).resolve_scale(color="independent")
+    drawn: alt.LayerChart = layered.properties(
+        width=_panel_width(panel), height=_panel_height(panel), title=panel.title
+    )
+    return drawn
+
+
+def _column_axis(panel: Panel) -> alt.Axis:
+    short = all(len(label) <= 3 for label in panel.columns)
+    every = max(1, -(-len(panel.columns) // MAX_COLUMN_LABELS))
+    shown = list(panel.columns[::every])
+    return alt.Axis(labelAngle=0 if short else -60, labelLimit=150, labelOverlap=False, values=shown, ticks=every > 1)
+
+
+def _layer_axis(panel: Panel) -> alt.Axis:
+    every = max(1, -(-len(panel.layers) // 48))
+    return alt.Axis(values=list(panel.layers[::every]), labelOverlap=False, ticks=False, titleAngle=-90)
+
+
+def _value_colour(heatmap: Heatmap, with_legend: bool) -> alt.Color:
+    steps = len(COLOURS) - 1
+    domain = [heatmap.limit * (2 * i / steps - 1) for i in range(steps + 1)]
+    ticks = [heatmap.limit * share for share in (-1, -0.5, 0, 0.5, 1)]
+    length = min(160, max(70, min(_panel_height(panel) for panel in heatmap.panels) - 20))
+    legend = alt.Legend(title=heatmap.quantity, gradientLength=length, values=ticks, format=".2~f")
+    # Vega would go by hue, which tints the smallest effects yellow and cyan.
+    scale = alt.Scale(domain=domain, range=list(COLOURS), interpolate="rgb")
+    return alt.Color("value:Q", scale=scale, legend=legend if with_legend else None)
+
+
+def _state_colour(heatmap: Heatmap, with_legend: bool) -> alt.Color:
+    """Greys for cells that have no colour; only the kinds that occur are in the legend."""
+    states = [state for state in heatmap.states if state in STATE_COLOURS]
+    scale = alt.Scale(domain=[STATE_NAMES[state] for state in states], range=[STATE_COLOURS[state] for state in states])
+    legend = alt.Legend(title=None, symbolType="square", symbolStrokeColor="#999999")
+    return alt.Color("kind:N", scale=scale, legend=legend if with_legend else None)
+
+
+def _cells(panel: Panel) -> list[dict[str, Any]]:
+    return [
+        {
+            "column": label,
+            "layer": layer,
+            "state": panel.status[i, j],
+            "kind": STATE_NAMES.get(panel.status[i, j], ""),
+            "value": float(panel.values[i, j]) if panel.status[i, j] == "ok" else None,
+        }
+        for i, layer in enumerate(panel.layers)
+        for j, label in enumerate(panel.columns)
+    ]
