@@ -7,7 +7,7 @@ from mechinterp_cli.errors import UserError
 from mechinterp_cli.tasks.options import CommonOptions
 from mechinterp_cli.tasks.prompts import Prompt
 from mechinterp_cli.tasks.spans import all_spans, span_positions
-from mechinterp_cli.tasks.tokenise import Encoded, Encoder, Range
+from mechinterp_cli.tasks.tokenise import Encoded, Encoder, Range, UnknownWordError
 
 Answers = tuple[str | int, ...]
 """Texts, or token ids where a file gives those."""
@@ -66,7 +66,7 @@ def finish(draft: Draft, encoder: Encoder, options: CommonOptions) -> Prompt:
         spans=all_spans(clean, draft.spans, draft.where),
         group=draft.group,
         template=draft.template or f"length-{len(clean.tokens)}",
-        cluster=draft.cluster or draft.clean,
+        cluster=draft.cluster,
     )
     near = {name: span_positions(prompt, name) for name in draft.neighbours}
     return replace(prompt, spans={**prompt.spans, **near})
@@ -97,7 +97,10 @@ def _answer_id(answer: str | int, prompt: Encoded, encoder: Encoder, options: Co
         return _checked_id(answer, encoder, where)
     if not answer:
         raise UserError(f"{where} is empty", "Give the text that should come next.")
-    ids = encoder.answer(prompt, answer)
+    try:
+        ids = encoder.answer(prompt, answer)
+    except UnknownWordError:
+        ids = ()
     encoder.check(ids or (0,), f"{where} {answer!r}")
     if not ids or encoder.tokenizer.unk_token_id in ids:
         raise UserError(f"{where} {answer!r} is unknown to the tokenizer", "Use a word it knows.")

@@ -34,7 +34,7 @@ class PromptItem(BaseConfig):
     group: str = ""
     """What results may be split by."""
     cluster: str = ""
-    """Prompts that are not independent of each other share it; the template where there is none, else the prompt."""
+    """Prompts that are not independent of each other share it; else those of one template do, else none do."""
     template: str = ""
     """Prompts of one template have the same parts at the same positions."""
     spans: dict[Text, SpanField] = {}
@@ -57,8 +57,8 @@ def build_items(items: Sequence[tuple[str, PromptItem]], options: CommonOptions,
     first: dict[tuple[object, ...], str] = {}
     prompts: list[Prompt] = []
     dropped: list[Dropped] = []
-    for where, item in items:
-        prompt = finish(_draft(where, item), encoder, options)
+    for index, (where, item) in enumerate(items):
+        prompt = finish(_draft(index, where, item), encoder, options)
         key = _identity(prompt)
         if key in first:
             dropped.append(Dropped(prompt.clean, f"{where} repeats {first[key]}"))
@@ -82,7 +82,7 @@ def _sampled(prompts: list[Prompt], options: CommonOptions) -> list[Prompt]:
     return [prompts[i] for i in sorted(Draw(options.seed).distinct(len(prompts), options.n))]
 
 
-def _draft(where: str, item: PromptItem) -> Draft:
+def _draft(index: int, where: str, item: PromptItem) -> Draft:
     check_text(item.clean, f"{where}: clean")
     return Draft(
         where=where,
@@ -93,7 +93,7 @@ def _draft(where: str, item: PromptItem) -> Draft:
         spans={name: _characters(item.clean, name, span, where) for name, span in item.spans.items()},
         group=item.group,
         template=item.template,
-        cluster=item.cluster or item.template,
+        cluster=item.cluster or item.template or f"prompt-{index}",
     )
 
 

@@ -98,7 +98,10 @@ class Encoder:
         """
         check_text(text, where)
         rendered, start = self._render(text, where)
-        ids, offsets = self.ids_and_offsets(rendered)
+        try:
+            ids, offsets = self.ids_and_offsets(rendered)
+        except UnknownWordError as error:
+            raise UserError(f"{where}: {error.cause}", error.remedy) from None
         self._check_known(ids, rendered, where)
         prefix = self._missing_prefix(ids, where)
         clipped = tuple(_clip(a - start, b - start, len(text)) for a, b in offsets)

@@ -68,7 +68,7 @@ def build_greater_than(options: GreaterThanOptions, encoder: Encoder) -> Built:
     if encoder.chat_template:
         raise UserError("task.chat_template: greater_than goes on with a year, no reply does", "Leave the key out.")
     nouns = [noun for noun in NOUNS if encoder.word(noun) is not None]
-    centuries = _centuries(options.centuries, encoder)
+    centuries = _centuries(options.centuries, encoder) if nouns else {}
     starts = _starts(centuries, encoder)
     if not nouns or not starts:
         cause = f"task greater_than: this tokenizer has {len(nouns)} usable nouns and {len(starts)} usable years"

@@ -6,7 +6,7 @@ occurrence of the current (last) token, `copied` the token after it, which is th
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
@@ -82,6 +82,7 @@ def build_induction(options: InductionOptions, encoder: Encoder) -> Built:
     drawn: dict[tuple[int, ...], Prompt] = {}
     for _ in range(10 * options.n + 100):
         prompt = _prompt(options, shape, encoder, draw.sample(pool, shape.drawn), draw)
+        prompt = replace(prompt, cluster=f"prompt-{len(drawn)}")
         drawn.setdefault(prompt.clean_tokens, prompt)
         if len(drawn) == options.n:
             return Built(list(drawn.values()))
@@ -130,9 +131,7 @@ def _shape(options: InductionOptions) -> _Shape:
     return _Shape(options.prefix, options.block, seen)
 
 
-def _prompt(
-    options: InductionOptions, shape: _Shape, encoder: Encoder, tokens: Sequence[int], draw: Draw
-) -> Prompt:
+def _prompt(options: InductionOptions, shape: _Shape, encoder: Encoder, tokens: Sequence[int], draw: Draw) -> Prompt:
     *fresh, new = tokens
     block = fresh[shape.prefix :]
     clean = [*fresh, *block[: shape.seen]]
@@ -162,5 +161,4 @@ def _finished(
         wrong_answer_text=encoder.text_of((wrong,)),
         spans={"matched": (n + shape.matched,), "copied": (n + shape.copied,), "end": (len(tokens) - 1,)},
         template=f"{shape.prefix}-{shape.block}-{shape.seen}",
-        cluster=text,
     )
