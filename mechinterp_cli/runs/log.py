@@ -60,7 +60,8 @@ class _Collector(logging.Handler):
         self._sink = sink
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._sink(record.getMessage())
+        if record.levelno == logging.WARNING:
+            self._sink(record.getMessage())
 
 
 @contextlib.contextmanager

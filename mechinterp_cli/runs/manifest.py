@@ -72,7 +72,7 @@ class Manifest:
 
     def to_json(self) -> str:
         """Write as JSON text."""
-        return json.dumps(_plain(dataclasses.asdict(self)), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        return json.dumps(json_ready(dataclasses.asdict(self)), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str, source: str = FILE_NAME) -> "Manifest":
@@ -126,12 +126,12 @@ class Manifest:
         return cls.from_json(text, str(path))
 
 
-def _plain(value: Any) -> Any:
-    """Turn a value into what JSON can hold."""
+def json_ready(value: Any) -> Any:
+    """Turn a value into what JSON can hold: text keys, lists, and texts for NaN and infinities."""
     if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): json_ready(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [json_ready(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     return value

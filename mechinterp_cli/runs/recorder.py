@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -133,7 +134,9 @@ class RunRecorder:
 
 
 @contextlib.contextmanager
-def record(loaded: LoadedConfig, out: Path | None = None, command: Sequence[str] = ()) -> Iterator[RunRecorder]:
+def record(
+    loaded: LoadedConfig, out: Path | None = None, command: Sequence[str] | None = None
+) -> Iterator[RunRecorder]:
     """Make a run directory, and write into its manifest how the block ended.
 
     The manifest says `running` from the start; `complete` when the block ends; `interrupted` on Ctrl-C, SIGTERM and
@@ -142,7 +145,7 @@ def record(loaded: LoadedConfig, out: Path | None = None, command: Sequence[str]
     Args:
         loaded: The experiment.
         out: Folder that holds runs; `output.dir` of the config where not given.
-        command: The command line, for the manifest.
+        command: The command line, for the manifest; that of the process where not given.
 
     Yields:
         The recorder.
@@ -156,7 +159,9 @@ def record(loaded: LoadedConfig, out: Path | None = None, command: Sequence[str]
     check_writable(root)
     with stop_requests():
         directory = RunDirectory.create(root, config.method_name, config.name)
-        recorder = RunRecorder(directory, _first_manifest(loaded, command), config.output.formats)
+        recorder = RunRecorder(
+            directory, _first_manifest(loaded, sys.argv if command is None else command), config.output.formats
+        )
         recorder.save()
         with (
             _ending_recorded(recorder),
@@ -165,7 +170,8 @@ def record(loaded: LoadedConfig, out: Path | None = None, command: Sequence[str]
             recorder.write_file("config.yaml", loaded.source)
             recorder.write_file("config.resolved.yaml", loaded.resolved_yaml().encode())
             _LOG.info("run %s", directory.path.name)
-            yield recorder
+            with _logged():
+                yield recorder
             if log.failure is not None:
                 raise RunError(f"{log.path}: cannot be written: {log.failure.strerror}", "Free space there.")
 
@@ -183,6 +189,16 @@ def _first_manifest(loaded: LoadedConfig, command: Sequence[str]) -> Manifest:
         git=environment.git_state(Path.cwd()),
         hardware=environment.hardware(),
     )
+
+
+@contextlib.contextmanager
+def _logged() -> Iterator[None]:
+    """Put what ends the block early into the log, with its traceback."""
+    try:
+        yield
+    except BaseException as error:
+        _LOG.error("the run ended early: %s", type(error).__name__, exc_info=True)
+        raise
 
 
 @contextlib.contextmanager

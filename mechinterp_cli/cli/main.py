@@ -1,0 +1,104 @@
+"""`mechinterp`: the commands, and the one place where errors become messages and exit codes."""
+
+import sys
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated
+
+import typer
+from typer.exceptions import Abort, TyperException
+
+from mechinterp_cli import __version__
+from mechinterp_cli.cli import models, patch, schema
+from mechinterp_cli.cli.console import Console
+from mechinterp_cli.errors import ExitCode, MechinterpError
+from mechinterp_cli.runs.signals import Terminated
+
+
+@dataclass
+class State:
+    """Options that stand before the command."""
+
+    debug: bool = False
+
+
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False,
+    epilog="Example: mechinterp patch configs/patch-ioi.yaml",
+)  # fmt: skip
+app.command("patch")(patch.patch)
+app.add_typer(models.app, name="models")
+app.command("schema")(schema.schema)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        sys.stdout.write(f"mechinterp {__version__}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Version.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an unexpected error.")] = False,
+) -> None:
+    """Causal experiments on language models, from one YAML file to a run directory."""
+    context.obj.debug = debug
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        arguments: The command line without the program's name; that of the process where not given.
+
+    Returns:
+        The exit code (see `errors.ExitCode`).
+    """
+    state, console = State(), Console.choose()
+    try:
+        code = app(args=arguments, prog_name="mechinterp", standalone_mode=False, obj=state)
+    except MechinterpError as error:
+        console.error("\n".join([error.cause, *getattr(error, "__notes__", [])]), error.remedy)
+        return error.exit_code
+    except TyperException as error:
+        return _usage_error(console, error)
+    except Terminated as error:
+        console.error(str(error), "The run directory's manifest says `interrupted`.")
+        return ExitCode.TERMINATED
+    except Abort:
+        return ExitCode.INTERRUPTED
+    except Exception as error:  # the one boundary: nothing is swallowed, the exit code is 1
+        return _unexpected(console, error, debug=state.debug)
+    if code == ExitCode.INTERRUPTED:
+        console.error("stopped by Ctrl-C", "A run that had begun says `interrupted` in its manifest.")
+    return int(code or ExitCode.DONE)
+
+
+def _usage_error(console: Console, error: TyperException) -> int:
+    """Tell what is wrong with the command line."""
+    if type(error).__name__ == "NoArgsIsHelpError":
+        console.say(error.format_message())
+    else:
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context is not None else "mechinterp"
+        console.error(error.format_message(), f"{command} --help")
+    return ExitCode.USAGE
+
+
+def _unexpected(console: Console, error: Exception, *, debug: bool) -> int:
+    """Tell a fault of our own in one line; the traceback is in the run's log, or here with `--debug`."""
+    if debug:
+        sys.stderr.write("".join(traceback.format_exception(error)))
+    text = str(error).splitlines()
+    console.error(
+        f"unexpected {type(error).__name__}: {text[0] if text else ''}",
+        "" if debug else "`mechinterp --debug ...` shows where; a run that had begun has it in its log.jsonl.",
+    )
+    return ExitCode.FAILED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

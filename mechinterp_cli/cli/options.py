@@ -1,0 +1,78 @@
+"""Options that every experiment's command has, and what all of them do."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mechinterp_cli.cli.console import Console
+
+Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="The experiment: a YAML file.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one value: --set task.n=8. Repeatable.")
+]
+Out = Annotated[
+    Path | None, typer.Option("--out", metavar="FOLDER", help="Make the run directory there, not in output.dir.")
+]
+Device = Annotated[
+    str | None, typer.Option("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, mps or auto; as model.device.")
+]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Print the plan as JSON (trials, rows, FLOPs, bytes) and stop.")
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but errors.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+
+
+def execute(
+    method: str,
+    config: Path,
+    overrides: Sequence[str] | None,
+    out: Path | None,
+    device: str | None,
+    dry_run: bool,
+    console: Console,
+) -> None:
+    """Run one experiment, or show its plan.
+
+    Args:
+        method: The subcommand.
+        config: The YAML file.
+        overrides: `--set` texts.
+        out: `--out`.
+        device: `--device`.
+        dry_run: Whether only the plan is shown.
+        console: Where to tell about it.
+
+    Raises:
+        MechinterpError: Anything that the boundary turns into a message and an exit code.
+    """
+    from mechinterp_cli.cli.registry import register_all
+
+    register_all()
+    from mechinterp_cli.config.loader import load_config
+    from mechinterp_cli.runs.directory import check_writable
+
+    chosen = [f"model.device={device}"] if device is not None else []
+    loaded = load_config(config, [*(overrides or ()), *chosen], method=method)
+    if not dry_run:
+        check_writable(out if out is not None else Path(loaded.config.output.dir))
+    from mechinterp_cli.methods import run
+
+    if dry_run:
+        console.data(run.dry_run(loaded))
+        return
+    with console.progress() as progress:
+        outcome = run.run_experiment(loaded, out=out, progress=progress)
+    show_outcome(console, outcome)
+
+
+def show_outcome(console: Console, outcome: Any) -> None:
+    """Show a finished run: the picture and the strongest trials to a person, the path to a program."""
+    if outcome.view:
+        console.say(outcome.view)
+    console.table(outcome.headline_rows)
+    for note in outcome.notes:
+        console.say(note)
+    console.result(outcome.path, {"headline": list(outcome.headline_rows), "notes": list(outcome.notes)})

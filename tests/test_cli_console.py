@@ -1,0 +1,196 @@
+import io
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from mechinterp_cli.cli.console import Console
+from mechinterp_cli.text import visible
+
+HOSTILE = "a\x1b[31mred\x1b]0;title\x07 [red]tok[/INST] \r\n\x9b2J \u202e \udc80 é"
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def stderr_is(monkeypatch: pytest.MonkeyPatch, terminal: bool) -> io.StringIO:
+    stream = Terminal() if terminal else io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stream)
+    return stream
+
+
+@pytest.mark.parametrize(
+    ("terminal", "term", "quiet", "mode"),
+    [
+        (True, "xterm", False, "human"),
+        (True, "dumb", False, "plain"),
+        (False, "xterm", False, "plain"),
+        (True, "xterm", True, "quiet"),
+    ],
+)
+def test_mode_follows_options_and_terminal(
+    monkeypatch: pytest.MonkeyPatch, terminal: bool, term: str, quiet: bool, mode: str
+) -> None:
+    stderr_is(monkeypatch, terminal)
+    monkeypatch.setenv("TERM", term)
+    assert Console.choose(quiet=quiet).mode == mode
+
+
+def test_closed_stderr_is_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", None)
+    assert Console.choose().mode == "plain"
+
+
+def test_hostile_text_is_shown_and_not_run(capsys: pytest.CaptureFixture[str]) -> None:
+    console = Console("plain")
+    console.say(HOSTILE)
+    console.error(HOSTILE, HOSTILE)
+    console.table([{"token": HOSTILE}])
+    shown = capsys.readouterr().err
+    assert not any(ord(c) < 32 and c != "\n" for c in shown)
+    assert not set("\x9b\u202e\x7f") & set(shown)
+    assert "[red]tok[/INST]" in shown
+    assert "\\x1b[31mred" in shown
+    assert "é" in shown
+
+
+def test_ordinary_text_is_left_alone() -> None:
+    text = "Mary gave 日本 😀 [a] <b> \\n"
+    assert visible(text) == text
+    assert visible("a\nb", lines=True) == "a\nb"
+    assert visible("a\nb") == "a\\nb"
+
+
+def test_markup_in_tokens_is_text_on_a_terminal_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = stderr_is(monkeypatch, True)
+    monkeypatch.setenv("TERM", "xterm")
+    with Console("human").progress() as progress:
+        progress.stage("sweeping [/INST] [red]x")
+        progress.advance(1, 4)
+        progress.message("tok: [/INST] \x1b[2J")
+        progress.stage("proving")
+    assert "tok: [/INST] \\x1b[2J" in stream.getvalue()
+    assert "[/INST] [red]x" in stream.getvalue()
+
+
+def test_colours_are_off_where_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    def shown() -> str:
+        stream = stderr_is(monkeypatch, True)
+        with Console("human").progress() as progress:
+            progress.stage("sweeping")
+            progress.advance(1, 2)
+        return stream.getvalue()
+
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    assert "\x1b[38;" in shown() or "\x1b[3" in shown()
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert "\x1b[38;" not in shown()
+
+
+def test_without_a_terminal_one_line_a_minute(capsys: pytest.CaptureFixture[str]) -> None:
+    now = [0.0]
+    console = Console("plain", _clock=lambda: now[0])
+    with console.progress() as progress:
+        progress.stage("sweeping")
+        for second in range(1, 181):
+            now[0] = float(second)
+            progress.advance(second, 180)
+    assert capsys.readouterr().err.splitlines() == [
+        "sweeping",
+        "sweeping: 60 of 180",
+        "sweeping: 120 of 180",
+        "sweeping: 180 of 180",
+    ]
+
+
+def test_quiet_says_errors_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    console = Console("quiet")
+    console.say("x")
+    console.table([{"a": 1}])
+    with console.progress() as progress:
+        progress.stage("x")
+        progress.advance(1, 2)
+        progress.message("x")
+    assert capsys.readouterr() == ("", "")
+    console.error("cause", "remedy")
+    assert capsys.readouterr().err == "error: cause\nfix: remedy\n"
+
+
+def test_every_line_of_a_cause_is_marked(capsys: pytest.CaptureFixture[str]) -> None:
+    Console().error("a\nb", "c")
+    assert capsys.readouterr().err == "error: a\nerror: b\nfix: c\n"
+
+
+def test_path_alone_on_stdout_and_json_where_asked(capfd: pytest.CaptureFixture[str]) -> None:
+    Console().result(Path("runs/x"), {"rows": 1})
+    assert capfd.readouterr().out == "runs/x\n"
+    Console(as_json=True).result(Path("runs/x"), {"value": math.nan, "low": -math.inf, "token": "\x1b[2J"})
+    out = capfd.readouterr().out
+    assert "\x1b" not in out
+    assert json.loads(out) == {"run": "runs/x", "value": "NaN", "low": "-Infinity", "token": "\x1b[2J"}
+
+
+def test_table_is_aligned(capsys: pytest.CaptureFixture[str]) -> None:
+    Console().table(
+        [{"site": "z", "effect": 0.123456, "layer": 3}, {"site": "resid_pre", "effect": -1.0, "layer": None}]
+    )
+    assert capsys.readouterr().err == "site       effect  layer\nz          0.1235      3\nresid_pre      -1\n"
+
+
+SAY = "from mechinterp_cli.cli.console import Console; "
+
+
+def python(code: str, **options: Any) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run([sys.executable, "-c", SAY + code], capture_output=True, check=False, **options)
+
+
+def test_poor_encoding_escapes_instead_of_failing() -> None:
+    done = python("Console().say('tok \\u20ac')", env={"PYTHONIOENCODING": "ascii", **environment()})
+    assert (done.returncode, done.stderr) == (0, b"tok \\u20ac\n")
+
+
+def test_path_of_any_bytes_is_given_exactly() -> None:
+    done = python("import os; from pathlib import Path; Console().result(Path(os.fsdecode(b'a\\xff b')))")
+    assert done.stdout == b"a\xff b\n"
+
+
+def test_reader_that_goes_away_is_no_error() -> None:
+    code = SAY + "[Console().listing([{'a': 'x' * 1000}]) for _ in range(1000)]; Console().say('done')"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == b"done\n"
+        assert process.wait() == 0
+
+
+def environment() -> dict[str, str]:
+    import os
+
+    return dict(os.environ)
+
+
+def test_console_needs_nothing_heavy() -> None:
+    heavy = "{'torch', 'pandas', 'pydantic', 'transformers', 'pyarrow', 'numpy', 'rich', 'yaml'}"
+    code = f"import sys, mechinterp_cli.cli.main; print({heavy} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True)
+    assert done.stdout == "set()\n"
+
+
+def test_outcome_is_shown_whole(capfd: pytest.CaptureFixture[str]) -> None:
+    from mechinterp_cli.cli.options import show_outcome
+
+    outcome = SimpleNamespace(path=Path("runs/x"), headline_rows=[{"layer": 3}], view="#\n##", notes=["few prompts"])
+    show_outcome(Console(), outcome)
+    captured = capfd.readouterr()
+    assert captured.out == "runs/x\n"
+    assert captured.err == "#\n##\nlayer\n    3\nfew prompts\n"

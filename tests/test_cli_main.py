@@ -1,0 +1,255 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+
+from mechinterp_cli.cli.main import main
+from mechinterp_cli.config.base import MethodOptions
+from mechinterp_cli.errors import DifferenceError, ProofError, RunError, UserError
+from mechinterp_cli.runs.manifest import Manifest
+from mechinterp_cli.runs.outcome import RunOutcome
+from mechinterp_cli.runs.recorder import record
+
+CONFIG = "name: demo\nmodel: {id: toy-induction}\ntask: {name: induction, n: 4}\n%s: {}\n"
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
+    """Stands in for the engine: records a run and gives two rows. Its method takes no options."""
+
+    class Fake(MethodOptions):
+        method_name = "fake"
+
+    module = ModuleType("mechinterp_cli.methods.run")
+
+    def run_experiment(loaded: Any, *, out: Path | None, progress: Any) -> RunOutcome:
+        progress.stage("sweeping")
+        progress.advance(1, 1)
+        with record(loaded, out) as run:
+            pass
+        return RunOutcome(run.path, [{"layer": 3, "effect": 0.5}, {"layer": 1, "effect": 0.25}], "#", ["a note"])
+
+    module.run_experiment = run_experiment  # type: ignore[attr-defined]  # a stand-in
+    module.dry_run = lambda loaded: {"trials": 7, "task": loaded.config.resolved()["task"]["n"]}  # type: ignore[attr-defined]
+    import mechinterp_cli.cli.patch as command
+    import mechinterp_cli.methods as package
+
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(package, "run", module, raising=False)
+    execute = command.execute
+    monkeypatch.setattr(command, "execute", lambda method, *rest: execute("fake", *rest))
+    monkeypatch.chdir(tmp_path)
+    Path("c.yaml").write_text(CONFIG % "fake")
+    yield module  # type: ignore[misc]  # a generator fixture
+    MethodOptions.registry.pop("fake")
+
+
+@pytest.mark.usefixtures("fake")
+def test_patch_prints_the_run_directory_alone_on_stdout(capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["patch", "c.yaml"]) == 0
+    out, err = capfd.readouterr()
+    path = Path(out.removesuffix("\n"))
+    assert Manifest.read(path).status == "complete"
+    assert path.parent == Path("runs")
+    assert [line.split() for line in err.splitlines()][:3] == [["sweeping"], ["#"], ["layer", "effect"]]
+    assert "a note" in err
+
+
+@pytest.mark.usefixtures("fake")
+def test_patch_options_reach_the_run(capfd: pytest.CaptureFixture[str]) -> None:
+    arguments = [
+        "patch",
+        "c.yaml",
+        "--set",
+        "task.n=8",
+        "--set",
+        "name=other",
+        "--device",
+        "cpu",
+        "--out",
+        "else where",
+    ]
+    assert main([*arguments, "--quiet", "--json"]) == 0
+    out, err = capfd.readouterr()
+    assert err == ""
+    result = json.loads(out)
+    assert result["headline"][0] == {"layer": 3, "effect": 0.5}
+    manifest = Manifest.read(Path(result["run"]))
+    assert Path(result["run"]).parent == Path("else where")
+    assert manifest.config["task"]["n"] == 8
+    assert manifest.config["model"]["device"] == "cpu"
+    assert manifest.name == "other"
+    assert manifest.overrides == ["task.n=8", "name=other", "model.device=cpu"]
+
+
+@pytest.mark.usefixtures("fake")
+def test_dry_run_plans_and_writes_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["patch", "c.yaml", "--dry-run"]) == 0
+    assert json.loads(capfd.readouterr().out) == {"trials": 7, "task": 4}
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (UserError("cause", "remedy"), 2),
+        (RunError("cause", "remedy"), 1),
+        (DifferenceError("cause", "remedy"), 3),
+        (ProofError("cause", "remedy"), 4),
+    ],
+)
+def test_errors_are_two_lines_and_a_code(
+    fake: Any, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], error: Exception, code: int
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(fake, "run_experiment", fail)
+    assert main(["patch", "c.yaml"]) == code
+    assert capfd.readouterr() == ("", "error: cause\nfix: remedy\n")
+
+
+def test_unexpected_error_is_one_line_with_its_traceback_in_the_log(
+    fake: Any, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def fail(loaded: Any, *, out: Path | None, progress: Any) -> None:
+        with record(loaded, out):
+            raise ZeroDivisionError("first\nsecond")
+
+    monkeypatch.setattr(fake, "run_experiment", fail)
+    assert main(["patch", "c.yaml"]) == 1
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert err.splitlines()[0] == "error: unexpected ZeroDivisionError: first"
+    assert "Traceback" not in err
+    (run,) = Path("runs").iterdir()
+    assert "Traceback" in (run / "log.jsonl").read_text()
+    assert Manifest.read(run).status == "failed"
+    assert main(["--debug", "patch", "c.yaml"]) == 1
+    assert "Traceback" in capfd.readouterr().err
+
+
+@pytest.mark.usefixtures("fake")
+@pytest.mark.parametrize(
+    ("arguments", "cause", "fix"),
+    [
+        (["patch"], "error: Missing argument 'CONFIG'.", "fix: mechinterp patch --help"),
+        (["patch", "c.yaml", "--nope"], "error: No such option: --nope", "fix: mechinterp patch --help"),
+        (["nope"], "error: No such command 'nope'.", "fix: mechinterp --help"),
+        (["models", "nope"], "error: No such command 'nope'.", "fix: mechinterp models --help"),
+        (["models", "fetch", "nope"], "error: models fetch: there is no model 'nope'", "fix: "),
+        (["patch", "none.yaml"], "error: none.yaml: cannot be read: No such file", "fix: "),
+        (["patch", "c.yaml", "--set", "task.m=1"], "error: --set task.m=1: task.m: unknown key", "fix: "),
+        (["patch", "c.yaml", "--device", "tpu"], "error: --set model.device=tpu: model.device: 'tpu'", "fix: "),
+        (["patch", "c.yaml", "--out", "c.yaml"], "error: c.yaml: the output folder is a file", "fix: "),
+    ],
+)
+def test_bad_command_lines_end_with_code_2(
+    capfd: pytest.CaptureFixture[str], arguments: list[str], cause: str, fix: str
+) -> None:
+    assert main(arguments) == 2
+    out, err = capfd.readouterr()
+    assert out == ""
+    lines = err.splitlines()
+    assert lines[0].startswith(cause)
+    assert lines[-1].startswith(fix)
+    assert "Traceback" not in err
+
+
+COMMANDS = [["patch"], ["models"], ["models", "fetch"], ["schema"]]
+
+
+@pytest.mark.parametrize("command", [[], *COMMANDS])
+def test_every_help_has_an_example(capsys: pytest.CaptureFixture[str], command: list[str]) -> None:
+    assert main([*command, "--help"]) == 0
+    assert f"Example: mechinterp {' '.join(command)}".rstrip() in capsys.readouterr().out
+
+
+def test_help_lists_exactly_the_commands_there_are(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["--help"])
+    lines = capsys.readouterr().out.split("Commands:")[1].splitlines()
+    assert {line.split()[0] for line in lines if line.startswith("  ") and not line.strip().startswith("Example")} == {
+        command[0] for command in COMMANDS
+    }
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("mechinterp 0.")
+
+
+def test_help_is_there_in_less_than_four_tenths_of_a_second() -> None:
+    def seconds() -> float:
+        start = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "mechinterp_cli.cli.main", "--help"], check=True, capture_output=True)
+        return time.perf_counter() - start
+
+    assert min(seconds() for _ in range(5)) < 0.4
+
+
+def test_models_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["models", "--json"]) == 0
+    assert {"toy-induction", "smollm2-135m-instruct"} <= {row["name"] for row in json.loads(capsys.readouterr().out)}
+
+
+@pytest.mark.usefixtures("fake")
+def test_schema_accepts_a_good_config_and_refuses_a_bad_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["schema"]) == 0
+    schema = json.loads(capsys.readouterr().out)
+    jsonschema.Draft202012Validator.check_schema(schema)
+    validator = jsonschema.Draft202012Validator(schema)
+    good = yaml.safe_load(CONFIG % "fake")
+    assert validator.is_valid(good)
+    for bad in ({**good, "nam": "x"}, {**good, "task": {"name": "none"}}, {**good, "stats": {"ci": 2}}):
+        assert not validator.is_valid(bad)
+    del good["fake"]
+    assert not validator.is_valid(good)
+
+
+STOPPED = """
+import signal, sys, time, types
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from mechinterp_cli.cli.main import main
+import mechinterp_cli.cli.patch as command
+import mechinterp_cli.methods as package
+from mechinterp_cli.config.base import MethodOptions
+from mechinterp_cli.runs.recorder import record
+class Fake(MethodOptions):
+    method_name = "fake"
+def run_experiment(loaded, *, out, progress):
+    with record(loaded, out):
+        sys.stderr.write("ready\\n"); sys.stderr.flush()
+        time.sleep(60)
+package.run = sys.modules["mechinterp_cli.methods.run"] = types.ModuleType("mechinterp_cli.methods.run")
+package.run.run_experiment = run_experiment
+execute = command.execute
+command.execute = lambda method, *rest: execute("fake", *rest)
+sys.exit(main(["patch", "c.yaml"]))
+"""
+
+
+@pytest.mark.usefixtures("fake")
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 143)])
+def test_stopped_command_ends_with_its_code_and_no_traceback(number: signal.Signals, code: int) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", STOPPED], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ, text=True
+    ) as process:
+        assert process.stderr is not None
+        assert process.stderr.readline() == "ready\n"
+        process.send_signal(number)
+        rest = process.stderr.read()
+        assert process.wait(20) == code
+    assert rest.startswith("error: stopped by ")
+    assert "Traceback" not in rest
+    (run,) = Path("runs").iterdir()
+    assert Manifest.read(run).status == "interrupted"
