@@ -48,8 +48,7 @@ def visiting(
     """
     with ExitStack() as stack:
         for index, kinds in wanted.items():
-            for handle in _module_hooks(model, anatomy.layers[index], kinds, visit, layer_ends):
-                stack.callback(handle.remove)
+            stack.enter_context(module_hooks(model, anatomy.layers[index], kinds, visit, layer_ends=layer_ends))
         inside = {i: kinds & {"z", *INTERFACE_KINDS} for i, kinds in wanted.items()}
         by_interface = {i: kinds for i, kinds in inside.items() if kinds and anatomy.layers[i].by_interface}
         if by_interface:
@@ -57,26 +56,60 @@ def visiting(
         yield
 
 
-def _module_hooks(
+@contextmanager
+def module_hooks(
+    model: nn.Module, layer: LayerAnatomy, kinds: frozenset[str], visit: Visitor, *, layer_ends: bool
+) -> Iterator[None]:
+    """Hooks for the sites of one layer that lie on module boundaries; removed at the end."""
+    handles: list[Any] = []
+    try:
+        handles.extend(_register(model, layer, kinds, visit, layer_ends))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _register(
     model: nn.Module, layer: LayerAnatomy, kinds: frozenset[str], visit: Visitor, layer_ends: bool
 ) -> Iterator[Any]:
     module = model.get_submodule
+    whole = module(layer.module)
+    shape = _Shape()
+    yield whole.register_forward_pre_hook(shape.note, with_kwargs=True)
     if layer_ends and kinds & {"embed", "resid_pre"}:
-        yield module(layer.module).register_forward_pre_hook(_before(layer.index, kinds, visit), with_kwargs=True)
+        yield whole.register_forward_pre_hook(_before(layer.index, kinds, visit), with_kwargs=True)
     if layer_ends and "resid_post" in kinds:
-        yield module(layer.module).register_forward_hook(_output(Site("resid_post", layer.index), visit, 1.0))
-    if "attn_out" in kinds and layer.attn_out:
-        site = Site("attn_out", layer.index)
-        yield module(layer.attn_out.module).register_forward_hook(_output(site, visit, layer.attn_out.scale))
-    if "mlp_out" in kinds and layer.mlp_out:
-        site = Site("mlp_out", layer.index)
-        yield module(layer.mlp_out.module).register_forward_hook(_output(site, visit, layer.mlp_out.scale))
+        yield whole.register_forward_hook(_output(Site("resid_post", layer.index), visit, 1.0, shape))
+    for kind, addition in (("attn_out", layer.attn_out), ("mlp_out", layer.mlp_out)):
+        if kind in kinds and addition:
+            hook = _output(Site(kind, layer.index), visit, addition.scale, shape)
+            yield module(addition.module).register_forward_hook(hook)
     if "resid_mid" in kinds and layer.mid:
-        yield module(layer.mid).register_forward_pre_hook(_in_place(Site("resid_mid", layer.index), visit))
+        yield module(layer.mid).register_forward_pre_hook(_in_place(Site("resid_mid", layer.index), visit, shape))
     if "neuron" in kinds and layer.down:
-        yield module(layer.down).register_forward_pre_hook(_input(Site("neuron", layer.index), visit))
+        yield module(layer.down).register_forward_pre_hook(_input(Site("neuron", layer.index), visit, shape))
     if "z" in kinds and layer.z and layer.heads:
-        yield module(layer.z).register_forward_pre_hook(_input(Site("z", layer.index), visit, layer.heads.query))
+        hook = _input(Site("z", layer.index), visit, shape, layer.heads.query)
+        yield module(layer.z).register_forward_pre_hook(hook)
+
+
+class _Shape:
+    """Batch and positions of the hidden state that the layer was called on.
+
+    Some modules inside a layer get [batch × positions, features]; this is what brings them back.
+    """
+
+    def __init__(self) -> None:
+        self.shape: tuple[int, ...] = ()
+
+    def note(self, _module: nn.Module, args: Any, kwargs: Any) -> None:
+        """Pre-hook of the layer."""
+        self.shape = tuple(LayerCall.of(args, kwargs).hidden.shape[:2])
+
+    def batched(self, x: Tensor) -> Tensor:
+        """[batch, positions, features]."""
+        return x.reshape(*self.shape, x.shape[-1])
 
 
 def _before(index: int, kinds: frozenset[str], visit: Visitor) -> Callable[..., Any]:
@@ -92,16 +125,11 @@ def _before(index: int, kinds: frozenset[str], visit: Visitor) -> Callable[..., 
     return hook
 
 
-def _batched(x: Tensor) -> Tensor:
-    """[batch, positions, features]; some modules get [rows, features], which is one batch of rows."""
-    return x if x.ndim == 3 else x[None]
-
-
-def _output(site: Site, visit: Visitor, scale: float) -> Callable[..., Any]:
+def _output(site: Site, visit: Visitor, scale: float, shape: _Shape) -> Callable[..., Any]:
     def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
         hidden = first_tensor(output)
-        seen = _batched(hidden) if scale == 1.0 else _batched(hidden) * scale
-        new = visit(site, seen)
+        seen = shape.batched(hidden)
+        new = visit(site, seen if scale == 1.0 else seen * scale)
         if new is None:
             return None
         return with_tensor(output, (new if scale == 1.0 else new / scale).reshape(hidden.shape))
@@ -109,20 +137,20 @@ def _output(site: Site, visit: Visitor, scale: float) -> Callable[..., Any]:
     return hook
 
 
-def _input(site: Site, visit: Visitor, heads: int = 0) -> Callable[..., Any]:
+def _input(site: Site, visit: Visitor, shape: _Shape, heads: int = 0) -> Callable[..., Any]:
     def hook(_module: nn.Module, args: tuple[Any, ...]) -> Any:
-        x = _batched(args[0])
+        x = shape.batched(args[0])
         new = visit(site, x.unflatten(-1, (heads, -1)) if heads else x)
         return None if new is None else (new.reshape(args[0].shape), *args[1:])
 
     return hook
 
 
-def _in_place(site: Site, visit: Visitor) -> Callable[..., Any]:
+def _in_place(site: Site, visit: Visitor, shape: _Shape) -> Callable[..., Any]:
     """The residual branch keeps the tensor that the module reads, so the tensor itself is changed."""
 
     def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
-        new = visit(site, _batched(args[0]))
+        new = visit(site, shape.batched(args[0]))
         if new is not None:
             args[0].copy_(new.reshape(args[0].shape))
 

@@ -1,0 +1,319 @@
+"""The wavefront: one pass over the layers for all trials of a work unit.
+
+Layers are the outer loop, trials the inner one. The streams pass a layer first and leave their keys,
+values and what the layer's edits read; then the trials whose first edit lies there are admitted with the
+stream's own hidden state, edited, and passed through the layer together with all that are under way.
+Two layouts share this loop: *packed* rows from the first edited position on, and whole prompts as a batch
+(layer resume, for models whose layers cannot be called row by row).
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from mechinterp_cli.engine.edits import Bucket, Edit, Rows, Site, StreamActivations, Trial, edited, needed
+from mechinterp_cli.engine.gather import Roles, RowIndex, axis_roles, batched_call, packed_call
+from mechinterp_cli.engine.groups import Group, Piece, edits_in, group_trials, pieces_of
+from mechinterp_cli.engine.instrument import Reader, interface_handler, layer_of, module_hooks, visit_heads
+from mechinterp_cli.engine.packed_attention import (
+    OpenAttention,
+    Segment,
+    StreamAttention,
+    merged_attention,
+    native_attention,
+)
+from mechinterp_cli.errors import RunError
+from mechinterp_cli.models.anatomy import Anatomy, device_of
+from mechinterp_cli.models.interface import AttentionCall, intercepted
+from mechinterp_cli.models.walk import LayerCall
+
+Measure = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(logits [n, vocab], prompt [n], read [n]) to metrics [n, metrics]."""
+
+LAYER_ENDS = frozenset({"embed", "resid_pre", "resid_post"})
+LOGITS_BYTES = 2**27
+"""Unembedding goes in chunks of at most this many bytes of logits."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How an executor works, fixed before anything runs.
+
+    Args:
+        rows_per_call: Rows that a layer is called on at once; 512 to 1,024 keep a CPU's caches warm.
+        check_finite: Whether NaN or infinity stops the run, with the layer's name.
+    """
+
+    rows_per_call: int = 1024
+    check_finite: bool = True
+
+
+@dataclass(frozen=True, eq=False)
+class Values:
+    """What an executor gives: metrics of trials and of the streams they started from.
+
+    Args:
+        trials: [trials, prompts, reads, metrics]; NaN for prompts that a trial does not compute.
+        streams: Stream name to [prompts, reads, metrics].
+    """
+
+    trials: Tensor
+    streams: Mapping[str, Tensor]
+
+
+@dataclass(eq=False)
+class Stream:
+    """One unedited pass, held at the input of the next layer."""
+
+    calls: list[LayerCall]
+    hidden: Tensor
+    attention: StreamAttention | None = None
+
+
+def check_finite(hidden: Tensor, layer: int, what: str) -> None:
+    """Stop at the first layer whose output is not finite.
+
+    Raises:
+        RunError: NaN or infinity; names the layer.
+    """
+    if not torch.isfinite(hidden.sum()) and not bool(torch.isfinite(hidden).all()):
+        raise RunError(
+            f"layer {layer} gives NaN or infinity in {what}",
+            "Try model.dtype: float32, or engine.on_nan: record to keep going and mark the rows.",
+        )
+
+
+class Wavefront:
+    """Executes trials layer by layer; see the module's text.
+
+    Args:
+        model: The model, in evaluation mode.
+        anatomy: Its anatomy; its layers must be chained.
+        packed: Rows from the first edited position on, or whole prompts.
+        settings: Sizes.
+    """
+
+    def __init__(self, model: nn.Module, anatomy: Anatomy, *, packed: bool, settings: Settings | None = None) -> None:
+        self.model = model
+        self.anatomy = anatomy
+        self.packed = packed
+        self.settings = settings or Settings()
+        self.walker = anatomy.walker(model)
+        self.device = device_of(model)
+        self._layer_of = layer_of(model, anatomy)
+        self._handler: Callable[[AttentionCall], tuple[Tensor, Tensor | None]] | None = None
+        self._activations: dict[tuple[str, Site], Tensor] = {}
+        self._edits: dict[Site, list[tuple[Edit, Rows]]] = {}
+
+    def run(
+        self,
+        bucket: Bucket,
+        trials: Sequence[Trial],
+        measure: Measure,
+        tick: Callable[[int], None] = lambda layer: None,
+    ) -> Values:
+        """Compute every trial's metrics on the bucket.
+
+        Args:
+            bucket: Prompts and streams.
+            trials: Trials on this bucket.
+            measure: Turns logits into metrics.
+            tick: Called after each layer with its index.
+
+        Raises:
+            RunError: NaN or infinity in a layer.
+            NotGatherable: The model's layers cannot be called row by row (packed only).
+        """
+        with torch.no_grad(), intercepted(self.model, self._attend):
+            return self._run(bucket, trials, measure, tick)
+
+    def _run(
+        self, bucket: Bucket, trials: Sequence[Trial], measure: Measure, tick: Callable[[int], None]
+    ) -> Values:
+        reads = needed(trials)
+        names = sorted({trial.stream for trial in trials} | {name for name, _ in reads} | set(bucket.tokens))
+        streams = {name: self._begin(bucket, name) for name in names}
+        groups = group_trials(trials, bucket.length, packed=self.packed)
+        self._place(groups, next(iter(streams.values())).hidden)
+        roles = axis_roles(self.walker, bucket.length, self.anatomy.vocab_size, self.device)
+        for layer in range(self.anatomy.n_layers + 1):
+            self._between(layer, streams, groups, reads)
+            if layer == self.anatomy.n_layers:
+                break
+            for name, stream in streams.items():
+                self._advance(layer, name, stream, reads)
+            for name in names:
+                active = [g for g in groups if g.stream == name and g.active]
+                for pieces in pieces_of(active, self.settings.rows_per_call):
+                    self._call(layer, streams[name], pieces, roles[layer], bucket.length)
+            tick(layer)
+        self._activations.clear()
+        return self._measure(bucket, trials, groups, streams, measure)
+
+    def _begin(self, bucket: Bucket, name: str) -> Stream:
+        calls = self.walker.calls(bucket.tokens[name].to(self.device))
+        noise = bucket.noise.get(name)
+        hidden = calls[0].hidden
+        return Stream(calls, hidden if noise is None else hidden + noise.to(hidden))
+
+    def _place(self, groups: Sequence[Group], like: Tensor) -> None:
+        for group in groups:
+            group.prompts = group.prompts.to(self.device)
+            group.state = like.new_empty(len(group.parts), len(group.prompts), group.width, like.shape[-1])
+
+    def _between(
+        self, layer: int, streams: Mapping[str, Stream], groups: Sequence[Group], reads: set[tuple[str, Site]]
+    ) -> None:
+        """Admit this layer's trials and make the edits that lie between the layers."""
+        sites = [Site("resid_post", layer - 1), Site("resid_pre", layer)] + [Site("embed", 0)] * (layer == 0)
+        self._activations.clear()
+        for name, stream in streams.items():
+            self._activations.update({(name, site): stream.hidden for site in sites if (name, site) in reads})
+        for group in groups:
+            base = streams[group.stream].hidden
+            while group.active < len(group.parts) and group.parts[group.active].first <= layer:
+                group.state[group.active] = base[group.prompts, group.start :]
+                group.active += 1
+            if group.active:
+                self._edit_state(group, frozenset(sites))
+
+    def _edit_state(self, group: Group, sites: frozenset[Site]) -> None:
+        flat = group.state[: group.active].view(-1, group.state.shape[-1])
+        edits = edits_in([Piece(group, 0, group.active, 0)], sites, self.device)
+        for site in (s for s in sorted(sites, key=lambda s: (s.layer, s.kind != "embed")) if s in edits):
+            for edit, rows in edits[site]:
+                edited(flat, edit, rows, self._activations)
+
+    def _advance(self, layer: int, name: str, stream: Stream, reads: set[tuple[str, Site]]) -> None:
+        """Pass one stream through a layer, keeping what edits read and what trials attend to."""
+        kinds = frozenset(s.kind for n, s in reads if n == name and s.layer == layer) - LAYER_ENDS
+        reader = Reader()
+        inner = interface_handler(self.model, self.anatomy, {layer: kinds}, reader)
+
+        def handler(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
+            stream.attention = StreamAttention(call.k, call.v, call.mask)
+            return inner(call)
+
+        self._handler = handler
+        with module_hooks(self.model, self.anatomy.layers[layer], kinds, reader, layer_ends=False):
+            stream.hidden = self.walker.run(layer, stream.calls[layer], stream.hidden)
+        if self.settings.check_finite:
+            check_finite(stream.hidden, layer, f"the {name} stream")
+        self._activations.update({(name, site): x for site, x in reader.seen.items()})
+
+    def _call(self, layer: int, stream: Stream, pieces: list[Piece], roles: Roles, length: int) -> None:
+        """Pass some rows through a layer with the edits that lie inside it."""
+        kinds = self.anatomy.layers[layer].sites
+        sites = frozenset(Site(kind, layer) for kind in kinds if kind not in LAYER_ENDS)
+        self._edits = edits_in(pieces, sites, self.device)
+        edited_kinds = frozenset(site.kind for site in self._edits)
+        rows = torch.cat([piece.state.reshape(-1, piece.state.shape[-1]) for piece in pieces])
+        prompt = torch.cat([piece.prompt_of_rows() for piece in pieces])
+        if self.packed:
+            position = torch.cat([piece.position_of_rows() for piece in pieces])
+            call = packed_call(stream.calls[layer], roles, RowIndex(prompt, position, length))
+            hidden = rows[None]
+            self._handler = self._packed_handler(layer, stream, pieces, edited_kinds)
+        else:
+            call = batched_call(stream.calls[layer], roles, prompt[::length])
+            hidden = rows.unflatten(0, (-1, length))
+            self._handler = interface_handler(self.model, self.anatomy, {layer: edited_kinds}, self._visit)
+        with module_hooks(self.model, self.anatomy.layers[layer], edited_kinds, self._visit, layer_ends=False):
+            out = self.walker.run(layer, call, hidden).reshape(rows.shape)
+        if self.settings.check_finite:
+            check_finite(out, layer, "an edited pass")
+        for piece in pieces:
+            piece.state.copy_(out[piece.row : piece.row + piece.rows].view_as(piece.state))
+
+    def _visit(self, site: Site, activation: Tensor) -> Tensor | None:
+        """Make this call's edits at a site."""
+        edits = self._edits.get(site)
+        if not edits:
+            return None
+        flat = activation.reshape(-1, *activation.shape[2:]).clone()
+        for edit, rows in edits:
+            edited(flat, edit, rows, self._activations)
+        return flat.view(activation.shape)
+
+    def _attend(self, call: AttentionCall) -> tuple[Tensor, Tensor | None]:
+        """Attention calls of decoder layers go to the handler of the moment, all others their own way."""
+        if self._handler is None or id(call.module) not in self._layer_of:
+            return call.native(call.q, call.k, call.v, call.mask)
+        return self._handler(call)
+
+    def _packed_handler(
+        self, layer: int, stream: Stream, pieces: list[Piece], kinds: frozenset[str]
+    ) -> Callable[[AttentionCall], tuple[Tensor, Tensor | None]]:
+        known = self.anatomy.layers[layer].known_softmax
+        segments = [
+            Segment(p.row, p.row + p.rows, p.high - p.low, p.group.start, p.group.prompts, p.group.width)
+            for p in pieces
+        ]
+
+        def handler(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
+            assert stream.attention is not None
+            changed = {
+                name: visit_heads(self._visit, Site(name, layer), getattr(call, name))
+                for name in ("q", "k", "v")
+                if name in kinds
+            }
+            call = replace(call, **changed)
+            if kinds & {"scores", "pattern"}:
+                z = self._open_attention(layer, OpenAttention(call, stream.attention, segments))
+            else:
+                z = (merged_attention if known else native_attention)(call, stream.attention, segments)
+            new = self._visit(Site("z", layer), z)
+            return (z if new is None else new), None
+
+        return handler
+
+    def _open_attention(self, layer: int, attention: OpenAttention) -> Tensor:
+        scores = self._visit(Site("scores", layer), attention.scores)
+        pattern = attention.pattern(attention.scores if scores is None else scores)
+        changed = self._visit(Site("pattern", layer), pattern)
+        return attention.z(pattern if changed is None else changed)
+
+    def _measure(
+        self,
+        bucket: Bucket,
+        trials: Sequence[Trial],
+        groups: Sequence[Group],
+        streams: Mapping[str, Stream],
+        measure: Measure,
+    ) -> Values:
+        """Unembed the last hidden states at the positions that are read, and measure."""
+        read = bucket.read.to(self.device)
+        prompts = torch.arange(bucket.size, device=self.device)
+        finals = {name: stream.hidden[prompts[:, None], read] for name, stream in streams.items()}
+        base = {name: self._metrics(final, prompts, measure) for name, final in finals.items()}
+        n_metrics = next(iter(base.values())).shape[-1]
+        shape = (len(trials), bucket.size, read.shape[1], n_metrics)
+        values = torch.full(shape, torch.nan, dtype=torch.float64, device=self.device)
+        for slot, trial in enumerate(trials):  # prompts that no edit reaches stay as the stream has them
+            values[slot, list(trial.prompts)] = base[trial.stream][list(trial.prompts)]
+        for group in groups:
+            at = read[group.prompts]
+            inside = (at - group.start).clamp(min=0)
+            rows = torch.arange(len(group.prompts), device=self.device)
+            final = group.state[:, rows[:, None], inside]
+            before = finals[group.stream][group.prompts]
+            final = torch.where((at >= group.start)[None, :, :, None], final, before[None])
+            slots = torch.tensor([part.slot for part in group.parts], device=self.device)
+            metrics = self._metrics(final.flatten(0, 1), group.prompts.repeat(len(group.parts)), measure)
+            values[slots[:, None], group.prompts[None]] = metrics.unflatten(0, (len(group.parts), -1))
+        return Values(values.cpu(), {name: x.cpu() for name, x in base.items()})
+
+    def _metrics(self, final: Tensor, prompts: Tensor, measure: Measure) -> Tensor:
+        """Metrics [items, reads, metrics] of final hidden states [items, reads, d_model]."""
+        items, reads = final.shape[:2]
+        flat = final.reshape(items * reads, -1)
+        prompt = prompts.repeat_interleave(reads)
+        read = torch.arange(reads, device=self.device).repeat(items)
+        chunk = max(1, LOGITS_BYTES // (self.anatomy.vocab_size * 4))
+        parts = [
+            measure(self.walker.unembed(flat[i : i + chunk]), prompt[i : i + chunk], read[i : i + chunk]).double()
+            for i in range(0, len(flat), chunk)
+        ]
+        return torch.cat(parts).unflatten(0, (items, reads))
