@@ -31,7 +31,9 @@ def tiny_llama() -> LlamaForCausalLM:
         bos_token_id=None,
         eos_token_id=None,
     )
-    return LlamaForCausalLM(config).train(False)
+    model = LlamaForCausalLM(config)
+    model.train(False)
+    return model
 
 
 def write_folder(folder: Path, model: LlamaForCausalLM | None = None) -> Path:
@@ -62,9 +64,15 @@ def write_gguf(path: Path) -> Path:
     writer.add_token_merges(["Ġ a"])
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(1)
-    shapes = {"token_embd": (len(WORDS), D_MODEL), "output": (len(WORDS), D_MODEL), "output_norm": (D_MODEL,)}
+    shapes: dict[str, tuple[int, ...]] = {
+        "token_embd": (len(WORDS), D_MODEL),
+        "output": (len(WORDS), D_MODEL),
+        "output_norm": (D_MODEL,),
+    }
     for layer in range(LAYERS):
-        block = {name: (D_MODEL, D_MODEL) for name in ("attn_q", "attn_k", "attn_v", "attn_output")}
+        block: dict[str, tuple[int, ...]] = {
+            name: (D_MODEL, D_MODEL) for name in ("attn_q", "attn_k", "attn_v", "attn_output")
+        }
         block |= {"ffn_gate": (D_MLP, D_MODEL), "ffn_up": (D_MLP, D_MODEL), "ffn_down": (D_MODEL, D_MLP)}
         block |= {"attn_norm": (D_MODEL,), "ffn_norm": (D_MODEL,)}
         shapes |= {f"blk.{layer}.{name}": shape for name, shape in block.items()}

@@ -6,7 +6,6 @@ from contextlib import contextmanager
 import pytest
 import torch
 from torch import Tensor
-from transformers import GPT2LMHeadModel
 
 from mechinterp_cli.models.loaded import LoadedModel
 from mechinterp_cli.models.planted import D_HEAD, HEADS, INDUCTION_HEAD, LAYERS, PREVIOUS_TOKEN_HEAD
@@ -33,7 +32,7 @@ def stripe(pattern: Tensor, block: int) -> Tensor:
 
 
 @contextmanager
-def head_replaced(model: GPT2LMHeadModel, layer: int, head: int, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+def head_replaced(model: torch.nn.Module, layer: int, head: int, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """Change one head's `z` on its way into the output projection."""
     columns = slice(head * D_HEAD, (head + 1) * D_HEAD)
 
@@ -42,15 +41,19 @@ def head_replaced(model: GPT2LMHeadModel, layer: int, head: int, change: Callabl
         z[..., columns] = change(z[..., columns])
         return (z,)
 
-    handle = model.transformer.h[layer].attn.c_proj.register_forward_pre_hook(edit)
+    handle = model.get_submodule(f"transformer.h.{layer}.attn.c_proj").register_forward_pre_hook(edit)
     try:
         yield
     finally:
         handle.remove()
 
 
+def replace_by(source: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda z: source
+
+
 @torch.no_grad()
-def head_outputs(model: GPT2LMHeadModel, tokens: Tensor, layer: int, head: int) -> Tensor:
+def head_outputs(model: torch.nn.Module, tokens: Tensor, layer: int, head: int) -> Tensor:
     seen: list[Tensor] = []
 
     def keep(z: Tensor) -> Tensor:
@@ -76,7 +79,9 @@ def test_continues_every_repeated_sequence(planted: LoadedModel, block: int) -> 
 def test_exactly_one_previous_token_head_and_one_induction_head(planted: LoadedModel, block: int) -> None:
     with torch.no_grad():
         attentions = planted.model(repeated(block), output_attentions=True).attentions
-    previous = {(i, h): float(p) for i, a in enumerate(attentions) for h, p in enumerate(a.diagonal(-1, 2, 3).mean((0, 2)))}
+    previous = {
+        (i, h): float(p) for i, a in enumerate(attentions) for h, p in enumerate(a.diagonal(-1, 2, 3).mean((0, 2)))
+    }
     induction = {(i, h): float(s) for i, a in enumerate(attentions) for h, s in enumerate(stripe(a, block))}
     assert previous[PREVIOUS_TOKEN_HEAD] > 0.95
     assert induction[INDUCTION_HEAD] > 0.95
@@ -118,19 +123,21 @@ def test_patching_finds_the_planted_heads_and_no_others(
     corrupt[:, corrupted] = torch.tensor(unused)
     rows, answer = torch.arange(len(clean)), clean[:, QUERY - BLOCK + 1]
 
-    def difference(tokens: Tensor) -> Tensor:
+    def logit_difference(tokens: Tensor) -> Tensor:
         logits = planted.model(tokens).logits[:, -1]
-        return logits[rows, answer] - logits[rows, torch.tensor(unused)]
+        difference: Tensor = logits[rows, answer] - logits[rows, torch.tensor(unused)]
+        return difference
 
     with torch.no_grad():
-        whole = difference(clean) - difference(corrupt)
+        whole = logit_difference(clean) - logit_difference(corrupt)
+        start = logit_difference(corrupt)
         effects = {}
         for layer, head in ALL_HEADS:
             source = head_outputs(planted.model, clean, layer, head)
-            with head_replaced(planted.model, layer, head, lambda z, source=source: source):
-                effects[layer, head] = ((difference(corrupt) - difference(clean)) / whole + 1).abs()
-    for head, effect in effects.items():
-        assert (effect.min() > 0.9) if head in found else (effect.max() < 1e-6), head
+            with head_replaced(planted.model, layer, head, replace_by(source)):
+                effects[layer, head] = ((logit_difference(corrupt) - start) / whole).abs()
+    for name, effect in effects.items():
+        assert (effect.min() > 0.9) if name in found else (effect.max() < 1e-6), name
 
 
 def test_any_position_is_served(planted: LoadedModel) -> None:

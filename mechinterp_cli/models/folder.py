@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 from safetensors import SafetensorError
@@ -75,6 +76,11 @@ def _model(folder: Path, options: ModelOptions, *, safe: bool) -> PreTrainedMode
                 trust_remote_code=options.trust_remote_code,
                 **pretrained_options(options),
             )
+    except UnpicklingError as error:
+        raise UserError(
+            f"model.id: a pickle file in {folder} is damaged or holds more than tensors, and was not read",
+            "Use the model's safetensors.",
+        ) from error
     except _READ_ERRORS as error:
         raise UserError(
             f"model.id: transformers cannot read the model in {folder}: {_one_line(error)}",

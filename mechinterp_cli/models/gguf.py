@@ -1,5 +1,6 @@
 """GGUF files: quantised weights in one file, read by transformers into ordinary float tensors."""
 
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,8 @@ from mechinterp_cli.errors import UserError
 from mechinterp_cli.models.quiet import quiet
 from mechinterp_cli.models.read import read_causal_lm
 
-READ_ERRORS = (OSError, ValueError, KeyError, IndexError, TypeError, ImportError, RuntimeError)
-"""What transformers raises on a GGUF file that it cannot read."""
+# What transformers raises on a GGUF file that it cannot read.
+_READ_ERRORS = (OSError, ValueError, KeyError, IndexError, TypeError, ImportError, RuntimeError, struct.error)
 _MAGIC = b"GGUF"
 
 
@@ -35,7 +36,7 @@ def read_gguf(path: Path, **options: Any) -> tuple[PreTrainedModel, PreTrainedTo
         with quiet():
             model, missing = read_causal_lm(path.parent, gguf_file=path.name, **options)
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    except READ_ERRORS as error:
+    except _READ_ERRORS as error:
         raise UserError(
             f"model.id: {path} cannot be read as GGUF: {error}",
             "Download it again; if it is whole, transformers does not know this architecture in GGUF: "

@@ -7,7 +7,7 @@ import re
 import sys
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import is_offline_mode, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -70,10 +70,14 @@ def _explain(error: Exception, options: ModelOptions, tried: str) -> UserError:
         return UserError(f"{where} is not {tried}, and Hugging Face has no model of that name", remedy)
     if isinstance(error, LocalEntryNotFoundError):
         return UserError(
-            f"{where} is not {tried}, it is not in the local Hugging Face cache, and the hub cannot be reached",
-            f"Correct the id, or connect (is HF_HUB_OFFLINE set?). {remedy}",
+            f"{where} is not {tried}, it is not in the local Hugging Face cache, and {_unreachable()}",
+            f"Correct the id. {remedy}",
         )
     return UserError(f"{where} is not {tried}, and Hugging Face answered: {_first_line(error)}", remedy)
+
+
+def _unreachable() -> str:
+    return "HF_HUB_OFFLINE is set" if is_offline_mode() else "the hub cannot be reached"
 
 
 def _first_line(error: Exception) -> str:
