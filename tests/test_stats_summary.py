@@ -240,6 +240,17 @@ def test_without_another_stream_the_interval_is_of_the_raw_effect() -> None:
         )
 
 
+def test_mean_of_ratios_is_refused_for_rank_and_accuracy() -> None:
+    values, base, other = spread()
+    args: dict[str, Any] = {"clusters": ["c"] * 48, "families": ["f"] * 6}
+    seen = observe(values, oks(values), base, other)
+    usual = summarise(seen, base, other, ratio_of_means_only=True, **args)
+    assert set(usual.columns["aggregate"]) == {"ratio_of_means"}
+    assert set(summarise(seen, base, other, **args).columns["aggregate"]) == {"ratio_of_means", "mean_of_ratios"}
+    with pytest.raises(UserError, match="mean_of_ratios is refused for rank and accuracy"):
+        summarise(seen, base, other, ratio_of_means_only=True, aggregates=["mean_of_ratios"], **args)
+
+
 def test_the_seed_decides_every_number() -> None:
     values, base, other = spread()
     seen = observe(values, oks(values), base, other)

@@ -185,11 +185,16 @@ def _panel(
     for layer, place, value, state in cells:
         at = (row_of[0 if pd.isna(layer) else int(layer)], column_of[_key(place)])
         number = np.nan if pd.isna(value) else float(value)
-        if status[at] == "absent" or (state == "ok" and not abs(number) <= abs(values[at])):
-            values[at], status[at] = number, _cell_state(str(state), number)
+        state = _cell_state(str(state), number)
+        if (_STANDING[state], abs(number)) > (_STANDING[status[at]], abs(values[at])):
+            values[at], status[at] = number, state
     labels = _labels(keys, column, tokens)
     name = COLUMN_TITLES.get(column or "", "")
     return Panel(title=title, column_title=name, columns=labels, layers=layers, values=values, status=status)
+
+
+_STANDING = {"absent": 0, "trivial": 1, "undefined": 2, "ok": 3, "nan": 4}
+"""Which of several trials is shown where they share a cell: a NaN is never hidden by a number."""
 
 
 def _cell_state(state: str, number: float) -> str:

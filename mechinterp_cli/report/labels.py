@@ -3,9 +3,13 @@
 import unicodedata
 
 _MARKS = {" ": "·", "\n": "⏎", "\t": "⇥", "\r": "␍"}
-_PLAIN_MARKS = {" ": "_", "\n": "\\n", "\t": "\\t", "\r": "\\r"}
-_HIDDEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp", "Zs", "Mn", "Me"}
-"""Unicode categories that are not seen, or act on their neighbours: controls, formats, surrogates, marks, spaces."""
+_PLAIN_MARKS = {" ": "_", "\n": "\\n", "\t": "\\t", "\r": "\\r", "·": "_", "⏎": "\\n", "⇥": "\\t", "…": "...", "−": "-"}
+"""Also what the marks above and our own captions become where only ASCII is wanted."""
+_HIDDEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp", "Zs"}
+"""Unicode categories that are not seen, or act on their neighbours: controls, formats, surrogates, odd spaces."""
+_COMBINING = {"Mn", "Me"}
+_CARRIER = "◌"
+"""Stands under a combining mark that begins a token, as it would else sit on what comes before."""
 
 EMPTY = "∅"
 
@@ -23,7 +27,7 @@ def show_token(token: str, *, longest: int = 14, plain: bool = False) -> str:
     """
     if not token:
         return "(empty)" if plain else EMPTY
-    pieces: list[str] = []
+    pieces = [_CARRIER] if not plain and unicodedata.category(token[0]) in _COMBINING else []
     for character in token:
         piece = _show(character, plain)
         if sum(map(len, pieces)) + len(piece) > longest:

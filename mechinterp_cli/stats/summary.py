@@ -127,6 +127,7 @@ def summarise(
     families: Sequence[str],
     groups: Sequence[str] | None = None,
     aggregates: Sequence[Aggregate] | None = None,
+    ratio_of_means_only: bool = False,
     options: StatsOptions | None = None,
 ) -> Summary:
     """Aggregates, intervals and tests of one metric's trials, over all prompts and by group.
@@ -134,6 +135,8 @@ def summarise(
     The result's columns are `trial, group, aggregate, value, effect, normalized, n, n_dropped, clusters, ci_low,
     ci_high, ci_method, cluster_low, cluster_high, p, p_method, p_adjusted, family, verdict, status`.
 
+    - `value`, `effect`: means over all prompts that the trial applies to, also under `mean_of_ratios`, whose `n` counts
+      those with a defined ratio.
     - `ci_low`, `ci_high` are of `normalized`, under aggregate `mean` of `effect`.
     - `cluster_low`, `cluster_high`: the same quantity within single clusters, smallest and largest.
     - `p`: two-sided sign-flip test that the effect is symmetric about 0; `p_adjusted` over the trial's family within
@@ -150,15 +153,22 @@ def summarise(
         families: `[trials]`, a label each; trials of one label are corrected together.
         groups: `[prompts]`; given more than one distinct label, each is summarised too.
         aggregates: By default both normalised ones, or `mean` without another stream.
+        ratio_of_means_only: As the metric says (rank and accuracy: single denominators are often 0).
         options: Tuning.
 
     Raises:
-        UserError: A group has the reserved name, or Benjamini–Hochberg cannot work.
+        UserError: A group has the reserved name, the mean of ratios is asked for and refused, or Benjamini–Hochberg
+            cannot work.
         ValueError: A normalised aggregate is asked for without another stream.
     """
-    wanted = tuple(aggregates or (("mean",) if other is None else ("ratio_of_means", "mean_of_ratios")))
+    wanted = tuple(aggregates or _usual(other is not None, ratio_of_means_only))
     if other is None and set(wanted) != {"mean"}:
         raise ValueError("without another stream there is nothing to normalise by")
+    if ratio_of_means_only and "mean_of_ratios" in wanted:
+        raise UserError(
+            "stats.aggregates: mean_of_ratios is refused for rank and accuracy, whose single denominators are often 0",
+            "Use ratio_of_means.",
+        )
     labels = np.asarray(families, dtype=object)
     given = _Input(observations, base, other, np.asarray(clusters), labels, options or StatsOptions())
     parts, warnings = [], []
@@ -166,6 +176,12 @@ def summarise(
         warnings += _warnings(given, group, prompts)
         parts += [(group, aggregate, _aggregate(given, prompts, aggregate)) for aggregate in wanted]
     return Summary(_join(parts), tuple(warnings), observations.threshold)
+
+
+def _usual(normalised: bool, ratio_of_means_only: bool) -> tuple[Aggregate, ...]:
+    if not normalised:
+        return ("mean",)
+    return ("ratio_of_means",) if ratio_of_means_only else ("ratio_of_means", "mean_of_ratios")
 
 
 def _groups(groups: Sequence[str] | None, prompts: int) -> Iterator[tuple[str, Integers]]:
