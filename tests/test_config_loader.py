@@ -45,7 +45,7 @@ def registered() -> Iterator[None]:
 
     class OtherTask(TaskOptions):
         task_name = "prompts"
-        prompts: tuple[str, ...]
+        prompts: tuple[str, ...] = Field(min_length=1)
 
     class Dummy(MethodOptions):
         method_name = "dummy"
@@ -111,7 +111,7 @@ def test_resolved_yaml_loads_to_the_same_experiment(write: Write) -> None:
         ("  n: 4", "  n: true", "c.yaml:5: task.n: true is not valid; allowed: a whole number", ""),
         ("  n: 4", "  n: 0", "c.yaml:5: task.n: 0 is not valid; allowed: at least 1", ""),
         ("  n: 4", "  shuffle: yes", "task.shuffle: 'yes' is not valid; allowed: true or false", "`true` or `false`"),
-        ("  n: 4", "  text: 12", "task.text: 12 is not valid; allowed: text", 'quotes: "12"'),
+        ("  n: 4", "  text: 12", "task.text: 12 is not valid; allowed: text", "quotes around it"),
         ("noise", "nois", "c.yaml:7: dummy.direction: 'nois' is not valid; allowed: denoise or noise", "'noise'?"),
         ("[0, 3]", "most", "dummy.sites[1].layers: 'most' is not valid; allowed: all or a list", ""),
         ("[0, 3]", "[0, a]", "c.yaml:11: dummy.sites[1].layers[1]: 'a' is not valid; allowed: a whole number", ""),
@@ -133,6 +133,15 @@ def test_bad_value_is_named_with_line_and_fix(write: Write, old: str, new: str, 
     assert cause in error.cause
     assert remedy in error.remedy
     assert "\n" not in error.cause
+
+
+def test_one_mistake_is_told_once(write: Write) -> None:
+    text = GOOD.replace("  name: dummy-task\n  n: 4\n", "  prompts: [1]\n")
+    assert refused(write(text)).cause == "c.yaml:4: task.prompts[0]: 1 is not valid; allowed: text"
+    empty = GOOD.replace("  name: dummy-task\n  n: 4\n", "  prompts: []\n")
+    assert refused(write(empty)).cause == "c.yaml:4: task.prompts: [] is not valid; allowed: at least 1 item"
+    scalar = refused(write(GOOD + "metrics: kl\n"))
+    assert scalar.remedy == "Write it as a list: [kl]."
 
 
 def test_all_problems_are_listed_in_the_order_of_the_file(write: Write) -> None:
@@ -171,7 +180,7 @@ def test_safe_run_name_is_taken(write: Write, name: str) -> None:
 
 
 def test_numeric_name_must_be_quoted(write: Write) -> None:
-    assert "in quotes" in refused(write(GOOD.replace("name: demo", "name: 12", 1))).remedy
+    assert "quotes around it" in refused(write(GOOD.replace("name: demo", "name: 12", 1))).remedy
 
 
 def test_exactly_one_method_section(write: Write) -> None:

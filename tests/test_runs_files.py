@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -305,21 +306,46 @@ def test_table_of_another_form_is_refused(change: Callable[[pd.DataFrame], pd.Da
 
 
 def test_prompt_columns_hold_tokens_and_spans(tmp_path: Path) -> None:
-    frame = pd.DataFrame(
-        {
-            "prompt": [0],
-            "stream": ["clean"],
-            "text": ["a b"],
-            "tokens": [[1, 2]],
-            "token_strings": [["a", " b"]],
-            "spans": [[("end", [1])]],
-        }
-    )
-    table = schema.validate("prompts", frame)
-    write_parquet(table, tmp_path / "prompts.parquet")
-    row = read_parquet(tmp_path / "prompts.parquet").to_pylist()[0]
-    assert row["tokens"] == [1, 2]
-    assert dict(row["spans"]) == {"end": [1]}
+    row = {
+        "prompt": 0,
+        "stream": "clean",
+        "text": "a b",
+        "token_ids": [1, 2],
+        "tokens": ["a", " b"],
+        "spans": '{"end": [1]}',
+        "answer_ids": [7],
+    }
+    write_parquet(schema.validate("prompts", [row]), tmp_path / "prompts.parquet")
+    again = read_parquet(tmp_path / "prompts.parquet").to_pylist()[0]
+    assert {name: again[name] for name in row} == row
+    assert again["wrong_answer_ids"] is None
+
+
+def test_every_form_of_data_gives_the_same_table() -> None:
+    columns: dict[str, Any] = {
+        "trial": np.array([0, 1, 2]),
+        "metric": ["kl", "kl", "kl"],
+        "aggregate": np.array(["mean"] * 3, dtype=object),
+        "n": np.array([3, 3, 3]),
+        "n_dropped": (0, 0, 0),
+        "value": np.ma.MaskedArray([np.nan, 1.0, 2.0], mask=[False, False, True]),
+        "family": np.array(["f", None, "f"], dtype=object),
+    }
+    rows = [
+        {"trial": i, "metric": "kl", "aggregate": "mean", "n": 3, "n_dropped": 0, "value": value, "family": family}
+        for i, (value, family) in enumerate([(float("nan"), "f"), (1.0, None), (None, "f")])
+    ]
+    expected = repr(schema.validate("summary", columns).to_pylist())
+    assert expected == repr(schema.validate("summary", rows).to_pylist())
+    assert expected == repr(schema.validate("summary", pa.Table.from_pylist(rows)).to_pylist())
+    assert "nan" in expected
+    assert schema.validate("summary", rows)["value"].null_count == 1
+    with pytest.raises(RunError, match=r"summary\.n: 2 values for 3 rows"):
+        schema.validate("summary", {**columns, "n": [1, 2]})
+
+
+def test_empty_table_keeps_its_columns() -> None:
+    assert schema.validate("results", []).schema == schema.table_schema("results")
 
 
 def test_method_adds_columns_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -78,7 +78,8 @@ def describe(
     lines = [f"{_origin(p.path, origins, name)}: {_with_key(p)}" for p in ranked[:_MAX_LISTED]]
     if len(ranked) > _MAX_LISTED:
         lines.append(f"{name}: and {len(ranked) - _MAX_LISTED} more")
-    remedies = [problem.remedy for problem in ranked if problem.remedy]
+    several = len(ranked) > 1
+    remedies = [f"{key_text(p.path)}: {p.remedy}" if several else p.remedy for p in ranked if p.remedy]
     return UserError("\n".join(lines), remedies[0] if remedies else default_remedy)
 
 
@@ -124,8 +125,15 @@ def problems_of(
     }
     # A branch of a union that got further than its outermost type is the one that was meant.
     problems = [_problem(path, items, data, schema) for path, items in found.items() if path not in deeper]
-    misspelt = {problem.meant for problem in problems if problem.meant}
-    return [problem for problem in problems if problem.path not in misspelt]
+    # A missing key that stands there misspelt, and a list that is too short because an item is wrong, are not news.
+    echoes = {problem.meant for problem in problems if problem.meant} | _short_through_an_error(found)
+    return [problem for problem in problems if problem.path not in echoes]
+
+
+def _short_through_an_error(found: Mapping[KeyPath, list[dict[str, Any]]]) -> set[KeyPath]:
+    """Lists that pydantic calls too short because it does not count their wrong items."""
+    short = {path for path, items in found.items() if all(item["type"] == "too_short" for item in items)}
+    return {path for path in short if any(len(other) > len(path) and other[: len(path)] == path for other in found)}
 
 
 def _locate(item: Any, data: Any, renamed: Mapping[str, str]) -> tuple[KeyPath, KeyPath | None]:
@@ -213,6 +221,8 @@ def _allowed(item: dict[str, Any]) -> str:
         return f"{word} {bound} {unit}{'' if bound == 1 else 's'}"
     if kind in ("literal_error", "enum", "literal"):
         return str(context["expected"]).replace("'", "")
+    if kind == "string_pattern_mismatch":
+        return f"text that matches {context['pattern']}"
     if kind == "union_tag_invalid":
         return str(context["expected_tags"]).replace("'", "")
     return str(item["msg"]).removeprefix("Value error, ")
@@ -224,7 +234,9 @@ def _remedy(items: list[dict[str, Any]]) -> str:
     if "bool_type" in kinds and isinstance(value, str) and value.lower() in _BOOLEAN_WORDS:
         return "Write `true` or `false`; yes, no, on and off are text here."
     if "string_type" in kinds and not isinstance(value, str | dict | list | None):
-        return f'Put it in quotes: "{value_text(value)}".'
+        return "Put quotes around it; without them it is read as a number or a truth value."
+    if "tuple_type" in kinds and isinstance(value, str | int | float):
+        return f"Write it as a list: [{value}]."
     if isinstance(value, str):
         if kinds & {"int_type", "float_type", "bool_type"} and value != value.strip("0123456789.-+e"):
             return "Write it without quotes." if not kinds & {"literal_error", "string_type"} else ""

@@ -78,18 +78,22 @@ Names = Annotated[tuple[Text, ...], Field(min_length=1), AfterValidator(_unique)
 class StatsOptions(BaseConfig):
     """How certainty is worked out."""
 
-    bootstrap: Index = 1000
-    """Resamples for the intervals; 0 leaves intervals out."""
+    bootstrap: Annotated[int, Field(strict=True, ge=100)] = 1000
+    """Resamples for the intervals."""
     ci: Fraction = 0.95
     """Level of the intervals."""
+    interval: Literal["studentized", "bca"] = "studentized"
+    """How the intervals are made from the resamples."""
     smallest_effect: Annotated[Number, Field(gt=0)] = 0.02
     """The smallest normalised effect that matters; trials are reported against it."""
     seed: Seed = 0
     """Seed of resampling and of sign flips."""
-    flips: Index = 2000
-    """Sign flips for p-values; 0 leaves p-values out."""
+    flips: Annotated[int, Field(strict=True, ge=99)] = 1999
+    """Sign flips for p-values, where they are not all enumerated."""
     correction: Literal["max_t", "bh", "none"] = "max_t"
     """For many trials: Westfall-Young max-T, Benjamini-Hochberg, or none."""
+    q: Fraction = 0.05
+    """False discovery rate, for Benjamini-Hochberg."""
     denominator_relative: Annotated[Number, Field(ge=0)] = 0.05
     """Prompts whose clean and corrupt differ by less than this share of the median have no normalised effect."""
     denominator_absolute: Annotated[Number, Field(gt=0)] = 1e-3

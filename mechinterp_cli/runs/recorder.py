@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import pandas as pd
 import pyarrow as pa
 
 from mechinterp_cli.config.loader import LoadedConfig
@@ -18,7 +17,7 @@ from mechinterp_cli.runs.atomic import FileInfo, file_info, write_bytes
 from mechinterp_cli.runs.directory import RunDirectory, check_writable
 from mechinterp_cli.runs.log import PACKAGE, logging_to
 from mechinterp_cli.runs.manifest import Manifest, Status, utc_now
-from mechinterp_cli.runs.schema import validate
+from mechinterp_cli.runs.schema import TableData, validate
 from mechinterp_cli.runs.signals import Terminated, stop_requests
 from mechinterp_cli.runs.store import UnitStore
 from mechinterp_cli.runs.tables import write_csv, write_parquet
@@ -74,14 +73,12 @@ class RunRecorder:
         self.manifest.heartbeat = utc_now()
         self.manifest.write(self.path)
 
-    def write_table(
-        self, table: str, data: pd.DataFrame | pa.Table, *, formats: Sequence[str] = ("parquet",)
-    ) -> pa.Table:
+    def write_table(self, table: str, data: TableData, *, formats: Sequence[str] = ("parquet",)) -> pa.Table:
         """Check a table against its schema and write it.
 
         Args:
             table: `trials`, `results`, ... (see `runs.schema`).
-            data: The rows.
+            data: The rows, in any form `runs.schema.validate` takes.
             formats: `parquet`, `csv` or both.
 
         Returns:

@@ -3,7 +3,7 @@
 A method adds its own columns with `register_columns`, beside the code that fills them.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -103,29 +103,36 @@ _COLUMNS: dict[str, list[pa.Field]] = {
         column("ci_low", _REAL),
         column("ci_high", _REAL),
         column("ci_method", _TEXT),
+        column("cluster_low", _REAL),
+        column("cluster_high", _REAL),
         column("p", _REAL),
+        column("p_method", _TEXT),
         column("p_adjusted", _REAL),
         column("family", _TEXT),
+        column("verdict", _TEXT),
+        column("status", _TEXT),
     ],
     # One row per prompt x stream: enough to recompute any row of results with transformers alone.
     "prompts": [
         column("prompt", _INDEX, required=True),
         column("stream", _TEXT, required=True),
         column("text", _TEXT, required=True),
-        column("tokens", _TOKENS, required=True),
-        column("token_strings", pa.list_(_TEXT), required=True),
-        column("spans", pa.map_(_TEXT, _TOKENS)),
-        column("answer", _TOKENS),
-        column("answer_text", _TEXT),
-        column("wrong_answer", _TOKENS),
-        column("wrong_answer_text", _TEXT),
+        column("token_ids", _TOKENS, required=True),
+        column("tokens", pa.list_(_TEXT), required=True),
+        # JSON: span name to positions. The names differ from task to task.
+        column("spans", _TEXT),
+        column("answer", _TEXT),
+        column("answer_ids", _TOKENS),
+        column("wrong_answer", _TEXT),
+        column("wrong_answer_ids", _TOKENS),
         column("group", _TEXT),
         column("template", _TEXT),
         column("cluster", _TEXT),
     ],
 }
 
-_Values: TypeAlias = "pa.ChunkedArray | pa.Array | pd.Series[Any]"
+TableData: TypeAlias = pa.Table | pd.DataFrame | Mapping[str, Any] | Sequence[Mapping[str, Any]]
+"""What can be brought into a table's form."""
 
 _extensions: dict[tuple[str, str], list[pa.Field]] = {}
 
@@ -170,60 +177,75 @@ def table_schema(table: str, method: str = "") -> pa.Schema:
     return pa.schema([*_COLUMNS.get(table, []), *own])
 
 
-def validate(table: str, data: pd.DataFrame | pa.Table, method: str = "") -> pa.Table:
+def validate(table: str, data: TableData, method: str = "") -> pa.Table:
     """Bring a table into its fixed form: order, types, and null kept apart from NaN.
 
-    Columns that may be null and are missing become null. NaN stays NaN, also out of numpy columns.
+    Columns that may be null and are missing become null. NaN stays NaN, also out of numpy columns; None and what a
+    masked array masks are null.
 
     Args:
         table: The table's name.
-        data: A frame or an Arrow table.
+        data: An Arrow table, a frame, a mapping of column names to arrays, or a list of rows.
         method: The subcommand.
 
     Returns:
         An Arrow table with exactly the schema's columns and types.
 
     Raises:
-        RunError: A column is unknown, missing, of another type, or null where a value is required.
+        RunError: A column is unknown, missing, of another type or length, or null where a value is required.
     """
     schema = table_schema(table, method)
-    columns = _columns_of(data)
+    columns, length = _columns_of(data)
     unknown = [name for name in columns if name not in schema.names]
-    missing = [item.name for item in schema if item.name not in columns and not item.nullable]
+    missing = [item.name for item in schema if item.name not in columns and not item.nullable and length]
     if unknown or missing:
         problem = f"unknown columns {unknown}" if unknown else f"missing columns {missing}"
         raise RunError(f"{table}: {problem}", f"Columns are fixed: {', '.join(schema.names)}.")
-    length = len(data)
     arrays = [_fit(table, item, columns.get(item.name), length) for item in schema]
     return pa.Table.from_arrays(arrays, schema=schema)
 
 
-def _columns_of(data: pd.DataFrame | pa.Table) -> dict[str, _Values]:
+def _columns_of(data: TableData) -> tuple[dict[str, Any], int]:
+    """Give the columns by name, and how many rows there are."""
     if isinstance(data, pa.Table):
-        return {name: data.column(name) for name in data.column_names}
-    return {str(name): data[name] for name in data.columns}
+        return {name: data.column(name) for name in data.column_names}, data.num_rows
+    if isinstance(data, pd.DataFrame):
+        return {str(name): data[name] for name in data.columns}, len(data)
+    if isinstance(data, Mapping):
+        return dict(data), max((len(values) for values in data.values()), default=0)
+    names = dict.fromkeys(name for row in data for name in row)
+    return {name: [row.get(name) for row in data] for name in names}, len(data)
 
 
-def _fit(table: str, item: pa.Field, values: "_Values | None", length: int) -> pa.ChunkedArray | pa.Array:
+def _fit(table: str, item: pa.Field, values: Any, length: int) -> pa.ChunkedArray | pa.Array:
     """Bring one column to its type."""
     if values is None:
         return pa.nulls(length, item.type)
     try:
-        fitted = (_from_series(values, item.type) if isinstance(values, pd.Series) else values).cast(item.type)
+        fitted = _to_arrow(values, item.type).cast(item.type)
     except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError) as error:
         raise RunError(
             f"{table}.{item.name}: the values do not fit {item.type}: {error}", "Fill the column with that type."
         ) from error
+    if len(fitted) != length:
+        raise RunError(f"{table}.{item.name}: {len(fitted)} values for {length} rows", "Fill every row.")
     if not item.nullable and fitted.null_count:
         row = pc.index(pc.is_null(fitted), pa.scalar(True)).as_py()
         raise RunError(f"{table}.{item.name}: null in row {row}", "This column needs a value in every row.")
     return fitted
 
 
-def _from_series(series: "pd.Series[Any]", kind: pa.DataType) -> pa.Array | pa.ChunkedArray:
-    """Turn a pandas column into Arrow without making NaN into null, as pandas' own conversion does."""
-    if isinstance(series.dtype, np.dtype) and series.dtype.kind in "fiub":
-        return pa.array(series.to_numpy(), from_pandas=False)
-    if series.dtype == object:
-        return pa.array(list(series), type=kind, from_pandas=not pa.types.is_floating(kind))
-    return pa.array(series, from_pandas=True)
+def _to_arrow(values: Any, kind: pa.DataType) -> pa.Array | pa.ChunkedArray:
+    """Turn any column into Arrow without making NaN into null, as pandas' own conversion does."""
+    if isinstance(values, pa.Array | pa.ChunkedArray):
+        return values
+    if isinstance(values, pd.Series):
+        if not isinstance(values.dtype, np.dtype):
+            return pa.array(values, from_pandas=True)
+        values = values.to_numpy()
+    if isinstance(values, np.ma.MaskedArray):
+        return pa.array(values.data, mask=np.ma.getmaskarray(values), from_pandas=False)
+    if isinstance(values, np.ndarray) and values.dtype.kind in "fiub":
+        return pa.array(values, from_pandas=False)
+    # Object columns: only where text or lists are wanted does a float NaN mean that there is nothing.
+    return pa.array(list(values), type=kind, from_pandas=not pa.types.is_floating(kind))
