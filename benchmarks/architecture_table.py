@@ -1,5 +1,6 @@
 """The table of architectures as Markdown."""
 
+import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -80,10 +81,16 @@ def _line(row: Examination) -> str:
 
 
 def _by_cause(rows: Sequence[Examination]) -> list[str]:
-    """One line per (executor, reason), the most common first."""
+    """One line per executor and kind of reason, the most common first."""
     causes: dict[tuple[str, str], list[str]] = defaultdict(list)
     for row in rows:
         if row.reason:
-            causes[row.executor, row.reason].append(f"`{row.entry}`")
+            causes[row.executor, kind_of_reason(row.reason)].append(f"`{row.entry}`")
     ordered = sorted(causes.items(), key=lambda item: (-len(item[1]), item[0]))
-    return [f"- {executor} ({len(found)}): {reason}: {', '.join(found)}" for (executor, reason), found in ordered]
+    return [f"- **{executor}** ({len(found)}), {reason}: {', '.join(found)}" for (executor, reason), found in ordered]
+
+
+def kind_of_reason(reason: str) -> str:
+    """A reason without its measurements and sizes, so that like reasons are equal."""
+    reason = re.sub(r"(?<=: )[^;]*? deviates by [^,]+, \S+ are allowed", "deviates", reason)
+    return re.sub(r"\b\d+(\.\d+)?(e[-+]\d+)?\b", "N", reason)

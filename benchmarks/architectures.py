@@ -18,10 +18,13 @@ import torch
 import transformers
 
 from benchmarks.architecture_table import Examination, markdown
+from benchmarks.architecture_trials import proof_work
 from benchmarks.isolation import Failure, Isolated
-from benchmarks.tiny import UNBUILDABLE, entries, tiny_model
-from mechinterp_cli.errors import MechinterpError
+from benchmarks.tiny import UNBUILDABLE, entries, tiny_model, tiny_tokens
+from mechinterp_cli.engine.proof import prove
+from mechinterp_cli.errors import MechinterpError, ProofError
 from mechinterp_cli.models.anatomy import find_anatomy
+from mechinterp_cli.models.walk import forward
 
 TIMEOUT = 120.0
 ENTRY_ERRORS = (MechinterpError, RuntimeError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError)
@@ -48,9 +51,21 @@ def examine(entry: str) -> Examination:
 
 def _proved(found: Examination) -> Examination:
     model = tiny_model(found.entry)
+    tokens = tiny_tokens()
+    with torch.no_grad():
+        before = forward(model, tokens)
     anatomy = find_anatomy(model)
     softmax = tuple(layer.index for layer in anatomy.layers if layer.by_interface)
-    return replace(found, layers=anatomy.n_layers, softmax=softmax, sites=anatomy.sites)
+    found = replace(found, layers=anatomy.n_layers, softmax=softmax, sites=anatomy.sites)
+    try:
+        proof = prove(model, anatomy, [proof_work(anatomy)])
+    except ProofError as error:
+        return replace(found, reason=error.cause)
+    with torch.no_grad():
+        if not torch.equal(forward(model, tokens), before):
+            return replace(found, reason="the proof left the model changed")
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in proof.rejected.items())
+    return replace(found, executor=proof.executor, deviation=proof.deviation, reason=reasons)
 
 
 def essence(error: BaseException) -> str:

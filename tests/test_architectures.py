@@ -44,14 +44,14 @@ def test_totals_cells_and_causes() -> None:
     rows = [
         Examination("a", 3, (0, 1, 2), ("embed", "resid_pre"), "packed", 2e-7),
         Examination("b", 3, (1,), ("embed",), "resume", 1e-6, "a | b"),
-        Examination("c", reason="no stack"),
-        Examination("d", reason="no stack"),
+        Examination("c", reason="packed: z:zero deviates by 1.4e+00 of the logits' scale, 1e-04 are allowed"),
+        Examination("d", reason="packed: stream clean deviates by 2e-01 of the logits' scale, 1e-04 are allowed"),
     ]
     page = markdown(rows, "5.0")
     assert "**2 of 4 entries run: 1 packed, 1 resume, 0 hooks; 2 do not.**" in page
     assert "| `b` | 3 | 1 | " in page
     assert "a \\| b |" in page
-    assert "- none (2): no stack: `c`, `d`" in page
+    assert "- **none** (2), packed: deviates: `c`, `d`" in page
     table = [line for line in page.splitlines() if line.startswith("|")]
     assert {line.replace("\\|", "").count("|") for line in table} == {8}
 
