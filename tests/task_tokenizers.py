@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from functools import cache
 
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from mechinterp_cli.tasks.library import agreement, capitals, greater_than, ioi
@@ -17,9 +17,10 @@ CHAT = (
 def corpus() -> Iterator[str]:
     words = [*ioi.NAMES, *ioi.PLACES, *ioi.OBJECTS, *greater_than.NOUNS]
     words += [form for noun in agreement.NOUNS for form in noun]
-    words += "is are was were has have war The We At As Question She I Yesterday".split()  # noqa: SIM905 - a sentence
+    words += ["is", "are", "was", "were", "has", "have"]
     words += [word for fact in capitals.FACTS for word in f"{fact.country} {fact.capital}".split()]
     texts = [*ioi.TEMPLATES, *capitals.TEMPLATES, "The lasted from the year to the year", "near behind with beside"]
+    texts += [str(year) for year in range(1100, 1800, 7)] * 20
     yield from [f"The {word}" for word in words] * 2
     yield from texts * 2
     yield from list(ioi.NAMES) * 2
@@ -50,14 +51,15 @@ def byte_level(digits: int = 1, *, bos: bool = False, chat: bool = False) -> Pre
 
 @cache
 def metaspace() -> PreTrainedTokenizerFast:
-    """As SentencePiece does: a text's first word is marked like a word after a space. Years are one token."""
+    """As Llama 2 does: a space is put before every text, so that " Mary" alone has two. Years are one token."""
     words = {f"▁{word}" for text in corpus() for word in text.split()}
     words |= {f"▁{year}" for year in range(1100, 1800)} | {"▁to", "▁the", "▁a", "▁store,", "▁school,", "▁and"}
     words |= {f"▁{place}{mark}" for place in ioi.PLACES for mark in ",."}
-    vocabulary = {word: i for i, word in enumerate(["<unk>", *sorted(words)])}
+    vocabulary = {word: i for i, word in enumerate(["<unk>", "▁", *sorted(words)])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    tokenizer.decoder = decoders.Metaspace()
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
 
 

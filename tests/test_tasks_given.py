@@ -180,6 +180,12 @@ def test_csv(tmp_path: Path, data: str) -> None:
     assert read(tmp_path / "p.csv", data).prompts == expected
 
 
+def test_empty_cells_are_left_out(tmp_path: Path) -> None:
+    data = "clean,corrupt,answer,wrong_answer,span_x\nThe boy,, is,,\n"
+    (prompt,) = read(tmp_path / "p.csv", data).prompts
+    assert (prompt.corrupt, prompt.wrong_answer, set(prompt.spans)) == (None, (), {"end"})
+
+
 def test_jsonl_and_json(tmp_path: Path) -> None:
     row = {**ROW, "spans": {"place": "store"}}
     expected = inline(row).prompts
@@ -224,6 +230,7 @@ HEAD = "clean,answer\n"
         ("p.csv", "clean,clean\n", "p.csv line 1: column 'clean' stands twice"),
         ("p.csv", HEAD + "The boy, is\nWhen a, b, is\n", "p.csv line 3: has 3 cells and the header has 2"),
         ("p.csv", HEAD + '"The\nboy", is\nx\n', "p.csv line 4: has 1 cells"),
+        ("p.csv", HEAD + '"The\nboy", is,x\n', "p.csv line 2: has 3 cells"),
         ("p.csv", HEAD + '"The boy, is\n', "p.csv line 2: unexpected end of data"),
         ("p.csv", HEAD.encode() + b"The b\xffy, is\n", "p.csv line 2: byte 18 (0xff) is not UTF-8"),
         ("p.csv", HEAD + "The \0boy, is\n", "p.csv line 2: holds a NUL character"),

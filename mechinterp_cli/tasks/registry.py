@@ -17,13 +17,13 @@ class Built:
     dropped: Sequence[Dropped] = ()
 
 
-O = TypeVar("O", bound=TaskOptions)  # noqa: E741 - a type variable, one letter by custom
-Builder = Callable[[O, Encoder], Built]
+Options = TypeVar("Options", bound=TaskOptions)
+Builder = Callable[[Options, Encoder], Built]
 
 BUILDERS: dict[type[TaskOptions], Builder[TaskOptions]] = {}
 
 
-def builds(options: type[O]) -> Callable[[Builder[O]], Builder[O]]:
+def builds(options: type[Options]) -> Callable[[Builder[Options]], Builder[Options]]:
     """Decorate the function that builds the prompts of one options class.
 
     Args:
@@ -33,7 +33,7 @@ def builds(options: type[O]) -> Callable[[Builder[O]], Builder[O]]:
         A decorator that registers the function and gives it back unchanged.
     """
 
-    def register(builder: Builder[O]) -> Builder[O]:
+    def register(builder: Builder[Options]) -> Builder[Options]:
         BUILDERS[options] = builder  # type: ignore[assignment] # looked up by the class of the options it is called with
         return builder
 

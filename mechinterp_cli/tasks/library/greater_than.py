@@ -137,17 +137,16 @@ def _cut(century: int, year: int, encoder: Encoder) -> tuple[str, tuple[int, ...
 def _starts(centuries: Mapping[int, _Deciding], encoder: Encoder) -> list[tuple[int, int]]:
     """Start years with right and wrong answers, split into as many tokens as the year 01 and as each other."""
     lengths = {
-        (century, year): len(encoder.ids(f"The year {century}{year:02} was"))
-        for century in centuries
-        for year in range(1, 100)
+        (century, year): len(encoder.word_ids(f"{century}{year:02}")) for century in centuries for year in range(1, 100)
     }
+    lengths = {year: length for year, length in lengths.items() if length}
     if not lengths:
         return []
     ((length, _),) = Counter(lengths.values()).most_common(1)
     return [
         (century, year)
         for century, year in lengths
-        if lengths[century, year] == length == lengths[century, 1]
+        if lengths[century, year] == length == lengths.get((century, 1))
         and year > 1
         and centuries[century].later(year)
         and centuries[century].not_later(year)
