@@ -137,6 +137,17 @@ def test_a_hub_id_is_served_from_the_cache(whole: Path, hub_cache: Path) -> None
     assert "HF_HUB_OFFLINE is set" in error.cause
 
 
+def test_a_hub_model_without_safetensors_names_the_choice(whole: Path, hub_cache: Path) -> None:
+    snapshot = hub_cache / "models--org--name" / "snapshots" / COMMIT
+    shutil.copytree(whole, snapshot)
+    to_pickle(snapshot)
+    error = refused(options("org/name", revision=COMMIT))
+    assert error.cause.startswith("model.id: org/name has no safetensors weights in ")
+    assert error.remedy.startswith("Set model.allow_pickle: true if it has pickle weights")
+    loaded = load_model(options("org/name", revision=COMMIT, allow_pickle=True))
+    assert list(loaded.source.weight_files) == ["pytorch_model.bin"]
+
+
 def test_unknown_id_says_what_was_tried(hub_cache: Path) -> None:
     error = refused(options("no-such-org/no-such-model"))
     assert error.cause == (
@@ -294,6 +305,25 @@ def test_a_pickle_with_code_in_it_never_runs(folder: Path) -> None:
     torch.save({"model.norm.weight": Bomb()}, folder / "pytorch_model.bin")
     assert "a pickle file in" in refused(options(folder, allow_pickle=True)).cause
     assert not (folder / "ran").exists()
+
+
+def test_own_code_runs_only_when_asked_for(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import transformers.dynamic_module_utils
+
+    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    config = json.loads((folder / "config.json").read_text())
+    places = {"AutoConfig": "modeling_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnModel"}
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "own_llama", "auto_map": places}))
+    (folder / "modeling_own.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class OwnConfig(LlamaConfig):\n    model_type = 'own_llama'\n"
+        "class OwnModel(LlamaForCausalLM):\n    config_class = OwnConfig\n"
+    )
+    assert "(modeling_own.OwnModel), which is not run unless asked for" in refused(options(folder)).cause
+    assert not (tmp_path / "modules").exists()
+    loaded = load_model(options(folder, trust_remote_code=True))
+    assert type(loaded.model).__name__ == "OwnModel"
+    assert loaded.source.trust_remote_code
 
 
 def test_overflow_in_half_precision_is_named() -> None:

@@ -5,16 +5,18 @@
 
 import re
 import sys
+from importlib import import_module
 from pathlib import Path
 
 from huggingface_hub import is_offline_mode, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
-    HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
+    RevisionResolutionError,
+    XetDownloadError,
 )
 
 from mechinterp_cli.config.model import ModelOptions
@@ -24,6 +26,9 @@ from mechinterp_cli.models.quiet import quiet
 _FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
 # Sub-folders hold other formats; `consolidated` files hold the same weights a second time.
 _IGNORED = ["*/*", "consolidated*", "original*"]
+# Under this name stands the base error of whichever HTTP library huggingface_hub uses.
+_HTTP_ERROR: type[Exception] = vars(import_module("huggingface_hub.errors"))["HTTPError"]
+_DOWNLOAD_ERRORS = (_HTTP_ERROR, HFValidationError, RevisionResolutionError, XetDownloadError, OSError)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -38,8 +43,8 @@ def download(options: ModelOptions, *, tried: str) -> Path:
         The snapshot's folder, named after the commit.
 
     Raises:
-        UserError: The id does not exist, is gated, or the hub cannot be reached and the cache lacks it; or
-            remote code was asked for without a commit.
+        UserError: The id does not exist, is gated, has no safetensors, or the hub cannot be reached and the
+            cache lacks it; or remote code was asked for without a commit.
     """
     if options.trust_remote_code and not _COMMIT.fullmatch(options.revision or ""):
         raise UserError(
@@ -54,9 +59,14 @@ def download(options: ModelOptions, *, tried: str) -> Path:
             folder = snapshot_download(
                 options.id, revision=options.revision, allow_patterns=patterns, ignore_patterns=_IGNORED
             )
-        return Path(folder)
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+    except _DOWNLOAD_ERRORS as error:
         raise _explain(error, options, tried) from error
+    if not options.allow_pickle and not any(Path(folder).glob("*.safetensors")):
+        raise UserError(
+            f"model.id: {options.id} has no safetensors weights in {folder} (pickle and GGUF are not downloaded)",
+            "Set model.allow_pickle: true if it has pickle weights, or download its GGUF file and give that path.",
+        )
+    return Path(folder)
 
 
 def _explain(error: Exception, options: ModelOptions, tried: str) -> UserError:
