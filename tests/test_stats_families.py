@@ -41,6 +41,11 @@ def test_samples_agree_with_enumeration() -> None:
     np.testing.assert_allclose(drawn[1], exact[1], atol=0.025)
 
 
+def test_sampled_p_values_count_the_observed_one() -> None:
+    p, adjusted = max_t(np.full((1, 30), 1.0), sign_flips(30, flips=99, seed=0))
+    assert (p.tolist(), adjusted.tolist()) == ([0.01], [0.01])
+
+
 def test_adjusted_is_never_less_and_never_out_of_order(monkeypatch: pytest.MonkeyPatch) -> None:
     sums = np.random.default_rng(2).normal(0.6, 1, (50, 16))
     flips = sign_flips(16, flips=299, seed=0)

@@ -189,7 +189,7 @@ def _panel(
         if (_STANDING[state], abs(number)) > (_STANDING[status[at]], abs(values[at])):
             values[at], status[at] = number, state
     labels = _labels(keys, column, tokens)
-    name = COLUMN_TITLES.get(column or "", "")
+    name = "position" if column == "position" and not tokens else COLUMN_TITLES.get(column or "", "")
     return Panel(title=title, column_title=name, columns=labels, layers=layers, values=values, status=status)
 
 
