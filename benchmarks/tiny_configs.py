@@ -88,12 +88,10 @@ GENERIC: dict[str, Any] = {
 }
 """Value of each config field that a tiny model sets, wherever a config has a field of that name."""
 
-MIXED_WITH_FULL_ATTENTION = frozenset(
-    {"sliding_attention", "chunked_attention", "linear_attention", "indexed_attention", "hybrid_sliding", "conv"}
-)
+MIXED_WITH_FULL_ATTENTION = frozenset({"sliding_attention", "chunked_attention", "linear_attention", "conv"})
 """Layer types among which, where a tiny model would have one of them alone, one full-attention layer is put."""
 
-_LINEAR_MIX = ["linear_attention", "full_attention", "linear_attention"]
+_HYBRID_MIX = ["hybrid_sliding", "hybrid", "hybrid_sliding"]
 _CONV_MIX = ["conv", "full_attention", "conv"]
 _WINDOW_PAIRS = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
 _SHARED_MIX = ["linear_attention", "hybrid", "linear_attention", "hybrid"]
@@ -149,8 +147,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
             "rope_theta": 10000.0,
         }
     },
-    "inkling_text": {"logits_mup_width_multiplier": 1.0},
-    "inkling2_text": {"logits_mup_width_multiplier": 1.0},
+    "inkling_text": {"logits_mup_width_multiplier": 1.0, "layer_types": _HYBRID_MIX},
+    "inkling2_text": {"logits_mup_width_multiplier": 1.0, "layer_types": _HYBRID_MIX},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "lfm2": {"layer_types": _CONV_MIX},
     "lfm2_moe": {"layer_types": _CONV_MIX, "num_dense_layers": 1},
@@ -191,7 +189,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "xmod": {"default_language": "en_XX"},
     "zamba": {"num_hidden_layers": 4, "layers_block_type": _SHARED_MIX},
     "zamba2": {"num_hidden_layers": 4, "layers_block_type": _SHARED_MIX, "n_mamba_heads": 8},
-    "zaya": {"num_experts_per_tok": 1, "layer_types": ["hybrid", "hybrid_sliding", "hybrid"]},
+    "zaya": {"num_experts_per_tok": 1, "layer_types": _HYBRID_MIX},
 }
 """What an architecture needs beside the generic values."""
 
