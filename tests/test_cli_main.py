@@ -248,7 +248,7 @@ def test_stopped_command_ends_with_its_code_and_no_traceback(number: signal.Sign
         assert process.stderr.readline() == "ready\n"
         process.send_signal(number)
         rest = process.stderr.read()
-        assert process.wait(20) == code
+        assert process.wait(60) == code
     assert rest.startswith("error: stopped by ")
     assert "Traceback" not in rest
     (run,) = Path("runs").iterdir()

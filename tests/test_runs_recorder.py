@@ -1,6 +1,7 @@
 import json
 import logging
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -218,7 +219,7 @@ def test_stopped_process_leaves_a_manifest_that_says_so(
         assert process.stdout is not None
         assert process.stdout.readline() == b"ready\n"
         process.send_signal(number)
-        assert process.wait(20) != 0
+        assert process.wait(60) != 0
     manifest = Manifest.read(only_run())
     assert manifest.status == status
     assert manifest.pid == process.pid
@@ -235,13 +236,63 @@ def test_killed_at_any_moment_no_run_is_unreadable_or_falsely_complete(loaded: L
             process.stdout.readline()
             time.sleep(delay)
             process.kill()
-    for path in Path("runs").iterdir():
-        manifest = Manifest.read(path)
-        visible = [p for p in path.glob("f*")]
-        assert all(p.stat().st_size == 9999 for p in visible)
-        assert manifest.status == "running" or len(visible) == 300
+    assert "running" in [check_run(path, 300) for path in Path("runs").iterdir()]
+
+
+def check_run(path: Path, files: int) -> str:
+    """Every visible file of a killed run is whole, and it says complete only where it is; gives its status."""
+    manifest = Manifest.read(path)
+    visible = list(path.glob("f*"))
+    assert all(p.stat().st_size == 9999 for p in visible)
+    if manifest.status == "complete":
+        assert len(visible) == files
+        assert all(file_info(path / name, info.rows) == info for name, info in manifest.outputs.items())
+    return manifest.status
 
 
 def test_runs_do_not_import_torch() -> None:
     code = "import sys, mechinterp_cli.runs.recorder; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+TWICE = SLEEPER.replace(
+    "with record",
+    """import mechinterp_cli.runs.recorder as recorder
+real = recorder.RunRecorder.finish
+def slow_finish(self, status, error=None):
+    sys.stdout.write("finishing\\n"); sys.stdout.flush()
+    time.sleep(60)
+    real(self, status, error)
+recorder.RunRecorder.finish = slow_finish
+with record""",
+    1,
+)
+
+
+def test_second_ctrl_c_stops_at_once_and_leaves_whole_files(loaded: LoadedConfig) -> None:
+    with subprocess.Popen([sys.executable, "-c", TWICE], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        process.send_signal(signal.SIGINT)
+        assert process.stdout.readline() == b"finishing\n"
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) != 0
+    assert Manifest.read(only_run()).status == "running"
+    assert not list(only_run().rglob("*.tmp"))
+
+
+@pytest.mark.slow
+def test_killed_at_two_hundred_random_moments(loaded: LoadedConfig) -> None:
+    code = SLEEPER.replace("time.sleep(60)", "[run.write_file(f'f{i}', b'x' * 9999) for i in range(30)]")
+    delays = random.Random(0)
+    for _ in range(200):
+        with subprocess.Popen(
+            [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        ) as process:
+            assert process.stdout is not None
+            process.stdout.readline()
+            time.sleep(delays.uniform(0, 0.15))
+            process.kill()
+    ends = [check_run(path, 30) for path in Path("runs").iterdir()]
+    assert len(ends) == 200
+    assert {"running", "complete"} == set(ends)
