@@ -1,0 +1,174 @@
+"""The plan: which trials are executed together, fixed before anything runs.
+
+Chunks and units decide the shapes of matrix products and so the last bits of a result. They are therefore
+data: made once, written into the manifest, used again when a run is resumed or reproduced.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from mechinterp_cli.engine.edits import Bucket, Trial
+from mechinterp_cli.engine.groups import first_layer
+from mechinterp_cli.engine.wavefront import LOGITS_BYTES
+from mechinterp_cli.errors import UserError
+from mechinterp_cli.models.anatomy import Anatomy
+
+CPU_ROWS_PER_CALL = 1024
+GPU_ROWS_PER_CALL = 16384
+ROWS_PER_UNIT = 2**15
+"""A unit is saved when it ends: some twenty seconds of work on two cores for a model of 135 M parameters."""
+
+
+@dataclass(frozen=True, eq=False)
+class Work:
+    """The trials of one bucket."""
+
+    bucket: Bucket
+    trials: tuple[Trial, ...]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Trials (by their place in their bucket's list) that are executed and saved together."""
+
+    bucket: int
+    trials: tuple[int, ...]
+
+    def halves(self) -> tuple["Unit", "Unit"]:
+        """Two units of half the trials each."""
+        middle = len(self.trials) // 2
+        return Unit(self.bucket, self.trials[:middle]), Unit(self.bucket, self.trials[middle:])
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a plan will take."""
+
+    trials: int
+    rows: int
+    row_layers: int
+    items: int
+    flops: float
+    bytes: int
+
+    def __add__(self, other: "Cost") -> "Cost":
+        sums = [getattr(self, k) + getattr(other, k) for k in ("trials", "rows", "row_layers", "items", "flops")]
+        return Cost(*sums, bytes=max(self.bytes, other.bytes))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Executor, sizes and units of a run."""
+
+    executor: str
+    rows_per_call: int
+    units: tuple[Unit, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as the manifest holds it."""
+        return asdict(self)
+
+
+def layer_parameters(model: nn.Module, anatomy: Anatomy) -> float:
+    """Mean number of weights of a layer that multiply each row (experts count as if all were used)."""
+    layers = [model.get_submodule(layer.module) for layer in anatomy.layers]
+    return sum(p.numel() for layer in layers for p in layer.parameters() if p.ndim >= 2) / len(layers)
+
+
+def trial_rows(trial: Trial, length: int, *, packed: bool) -> int:
+    """Rows of one trial over its prompts."""
+    if not packed:
+        return length * len(trial.prompts)
+    return sum(max(0, length - trial.start(prompt)) for prompt in trial.prompts)
+
+
+def cost(model: nn.Module, anatomy: Anatomy, work: Work, executor: str) -> Cost:
+    """Rows, FLOPs (two per weight and row, attention, unembedding) and bytes of one bucket's trials."""
+    bucket, packed = work.bucket, executor == "packed"
+    per_row = 2 * layer_parameters(model, anatomy)
+    heads = next((layer.heads for layer in anatomy.layers if layer.heads), None)
+    per_row += 4 * bucket.length * heads.query * heads.d_head if heads else 0
+    rows = row_layers = items = 0
+    for trial in work.trials:
+        n = trial_rows(trial, bucket.length, packed=packed)
+        first = min(first_layer(edit) for edit in trial.edits) if executor != "hooks" else 0
+        rows, row_layers = rows + n, row_layers + n * max(0, anatomy.n_layers - first)
+        items += len(trial.prompts)
+    streams = len(bucket.tokens) * bucket.size * bucket.length * anatomy.n_layers
+    unembed = 2.0 * anatomy.vocab_size * anatomy.d_model * items * bucket.read.shape[1]
+    flops = per_row * (row_layers + streams) + unembed
+    return Cost(len(work.trials), rows, row_layers, items, flops, rows * anatomy.d_model * itemsize(model))
+
+
+def itemsize(model: nn.Module) -> int:
+    """Bytes of one activation."""
+    return next(model.parameters()).element_size()
+
+
+def fixed_bytes(model: nn.Module, anatomy: Anatomy, bucket: Bucket, rows_per_call: int) -> int:
+    """Bytes that a unit takes whatever its number of trials: streams, one call's temporaries, logits."""
+    d, size = anatomy.d_model, itemsize(model)
+    heads = next((layer.heads for layer in anatomy.layers if layer.heads), None)
+    attention = heads.query * (heads.d_head * 3 + 3 * bucket.length) if heads else 3 * d
+    d_mlp = max([layer.d_mlp for layer in anatomy.layers] + [4 * d])
+    streams = len(bucket.tokens) * bucket.size * bucket.length * (6 * d + attention) * size
+    return streams + rows_per_call * (4 * d + 3 * d_mlp + attention) * max(size, 4) + 3 * LOGITS_BYTES
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes free on the device."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    import psutil
+
+    return int(psutil.virtual_memory().available)
+
+
+def make_plan(
+    model: nn.Module, anatomy: Anatomy, works: Sequence[Work], *, executor: str, rows_per_call: int, budget: int
+) -> Plan:
+    """Cut every bucket's trials into units that fit the budget.
+
+    Args:
+        model: The model.
+        anatomy: Its anatomy.
+        works: Trials by bucket.
+        executor: `packed`, `resume` or `hooks`.
+        rows_per_call: Rows that a layer is called on at once.
+        budget: Bytes that a unit may take.
+
+    Raises:
+        UserError: Not even one trial fits the budget.
+    """
+    units: list[Unit] = []
+    for index, work in enumerate(works):
+        left = budget - fixed_bytes(model, anatomy, work.bucket, rows_per_call)
+        per_row = 3 * anatomy.d_model * itemsize(model)
+        most = min(ROWS_PER_UNIT, left // per_row)
+        current: list[int] = []
+        rows = 0
+        order = sorted(range(len(work.trials)), key=lambda i: _admission(work.trials[i]))
+        for slot in order:
+            n = trial_rows(work.trials[slot], work.bucket.length, packed=executor == "packed")
+            if n * per_row > left:
+                raise UserError(
+                    f"engine.max_memory: one trial on {work.bucket.size} prompts of {work.bucket.length} tokens needs "
+                    f"{(budget - left + n * per_row) / 2**20:.0f} MiB, {budget / 2**20:.0f} MiB are allowed",
+                    "Raise engine.max_memory or lower task.n.",
+                )
+            if current and rows + n > most:
+                units.append(Unit(index, tuple(current)))
+                current, rows = [], 0
+            current.append(slot)
+            rows += n
+        if current:
+            units.append(Unit(index, tuple(current)))
+    return Plan(executor, rows_per_call, tuple(units))
+
+
+def _admission(trial: Trial) -> tuple[int, int]:
+    return min((first_layer(edit) for edit in trial.edits), default=0), trial.index

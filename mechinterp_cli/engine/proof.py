@@ -1,0 +1,325 @@
+"""Proof, at every load, that an executor gives this model's own numbers.
+
+Native logits are recorded before anything is swapped in. Every executor must give them back, and must
+agree with plain hooks on a handful of trials of each kind that the plan uses, taken on the plan's longest
+prompts with its earliest and latest starts (a short prompt proves nothing about a sliding window).
+Identity edits must give back the stream, replacing everything must give the other stream, and an edit
+that must change the logits must change them.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mechinterp_cli.engine.edits import Bucket, Edit, Site, Trial
+from mechinterp_cli.engine.execute import EXECUTORS, Executor, executor_named
+from mechinterp_cli.engine.gather import NotGatherable
+from mechinterp_cli.engine.plan import Work
+from mechinterp_cli.engine.wavefront import Settings
+from mechinterp_cli.errors import ProofError, RunError
+from mechinterp_cli.models.anatomy import Anatomy, device_of
+from mechinterp_cli.models.precision import in_float32
+from mechinterp_cli.models.walk import forward
+
+FLOAT32_TOLERANCE = 1e-4
+"""Of the logits' scale; two implementations of SmolLM2 differ by 3e-5."""
+NOISE_FACTOR = 3.0
+PROOF_PROMPTS = 3
+BROKEN = (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError, AssertionError, NotGatherable)
+"""What model code raises when it is called in a way that it was not made for."""
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What was proved, for the manifest.
+
+    Deviations are maxima over all logits that are read, as a share of the logits' scale (their largest
+    magnitude on the unedited stream).
+    """
+
+    executor: str
+    deviation: float
+    tolerance: float
+    scale: float
+    """Largest |logit| of the unedited streams."""
+    noise: float
+    """Between two implementations of the same forward pass, share of scale, in the run's dtype."""
+    run_dtype_deviation: float | None
+    """The same comparison in the run's dtype, where that is not float32."""
+    by_kind: dict[str, float] = field(default_factory=dict)
+    """Largest deviation by `kind:op`."""
+    trials: int = 0
+    length: int = 0
+    rejected: dict[str, str] = field(default_factory=dict)
+    """Executors that were tried before, and why they were not used."""
+    routing_flips: int = 0
+    """Half precision with experts: trials beyond the tolerance because an expert choice flipped."""
+
+
+def logits_measure(logits: Tensor, _prompt: Tensor, _read: Tensor) -> Tensor:
+    """The logits themselves, as if each were a metric."""
+    return logits
+
+
+def prove(
+    model: nn.Module,
+    anatomy: Anatomy,
+    works: Sequence[Work],
+    *,
+    executor: str = "auto",
+    settings: Settings | None = None,
+    per_kind: int = 3,
+) -> Proof:
+    """Find the first executor that proves itself on this plan.
+
+    Args:
+        model: The model, in evaluation mode.
+        anatomy: Its anatomy.
+        works: The plan's trials by bucket.
+        executor: `auto`, or the only one to try.
+        settings: Sizes.
+        per_kind: Trials of each kind and operation that are compared.
+
+    Raises:
+        ProofError: None could; says what each one's failure was.
+    """
+    settings = settings or Settings()
+    work = longest(works)
+    samples = sample(work.trials, per_kind)
+    bucket = head(work.bucket, PROOF_PROMPTS)
+    trials = checks(bucket, anatomy) + [crop(trial, bucket.size, i) for i, trial in enumerate(samples)]
+    rejected: dict[str, str] = {}
+    with torch.no_grad():
+        noise, scale = implementation_noise(model, bucket)
+        for name in EXECUTORS if executor == "auto" else (executor,):
+            reason = unfit(name, anatomy)
+            if reason is None:
+                outcome = _try(name, model, anatomy, bucket, trials, settings, noise)
+                if isinstance(outcome, Proof):
+                    return replace(outcome, noise=noise, scale=scale, rejected=rejected)
+                reason = outcome
+            rejected[name] = reason
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in rejected.items())
+    raise ProofError(
+        f"no executor could prove itself on this model ({reasons})",
+        "Nothing was computed. Set engine.executor to try one alone, or leave out the site kinds named above.",
+    )
+
+
+def unfit(name: str, anatomy: Anatomy) -> str | None:
+    """Why an executor cannot be right for this anatomy, known without trying."""
+    if name == "hooks":
+        return None
+    if not anatomy.chained:
+        return "a layer's output is not the next layer's input"
+    if name == "packed" and not anatomy.causal:
+        return "the model is not causal: a later token changes earlier logits"
+    if name == "packed" and not all(layer.by_interface for layer in anatomy.layers):
+        return "attention bypasses transformers' attention interface in some layer"
+    return None
+
+
+def longest(works: Sequence[Work]) -> Work:
+    """The bucket with the longest prompts that has trials."""
+    return max((w for w in works if w.trials), key=lambda w: w.bucket.length)
+
+
+def head(bucket: Bucket, n: int) -> Bucket:
+    """The first prompts of a bucket."""
+    return Bucket(
+        {name: tokens[:n] for name, tokens in bucket.tokens.items()},
+        bucket.read[:n],
+        {name: noise[:n] for name, noise in bucket.noise.items()},
+    )
+
+
+def crop(trial: Trial, n: int, index: int) -> Trial:
+    """A trial on the first prompts only; sources outside them are folded back inside."""
+    edits = tuple(
+        replace(
+            edit,
+            positions=edit.positions[:n],
+            keys=None if edit.keys is None else edit.keys[:n],
+            source_prompts=None if edit.source_prompts is None else tuple(p % n for p in edit.source_prompts[:n]),
+            values=edit.values[:n] if edit.op in ("constant", "add") and edit.values is not None else edit.values,
+        )
+        for edit in trial.edits
+    )
+    return Trial(index, trial.stream, edits, tuple(range(n)))
+
+
+def sample(trials: Sequence[Trial], per_kind: int) -> list[Trial]:
+    """Of each kind and operation the earliest, the latest and some between, by layer and start."""
+    groups: dict[str, list[Trial]] = {}
+    for trial in trials:
+        groups.setdefault(kinds_of(trial), []).append(trial)
+    chosen: list[Trial] = []
+    for members in groups.values():
+        ordered = sorted(members, key=lambda t: (min(e.site.layer for e in t.edits), _first(t), t.index))
+        steps = min(per_kind, len(ordered))
+        picks = {round(i * (len(ordered) - 1) / max(1, steps - 1)) for i in range(steps)}
+        early = min(range(len(ordered)), key=lambda i: _first(ordered[i]))
+        late = max(range(len(ordered)), key=lambda i: _first(ordered[i]))
+        chosen.extend(ordered[i] for i in sorted(picks | {early, late}))
+    return chosen
+
+
+def _first(trial: Trial) -> int:
+    return min((p for edit in trial.edits for positions in edit.positions for p in positions), default=0)
+
+
+def kinds_of(trial: Trial) -> str:
+    """`kind:op` of a trial's edits."""
+    return "+".join(sorted({f"{edit.site.kind}:{edit.op}" for edit in trial.edits}))
+
+
+def checks(bucket: Bucket, anatomy: Anatomy) -> list[Trial]:
+    """Identity at a middle layer, everything replaced at layer 0, and an edit that must change the logits."""
+    names = list(bucket.tokens)
+    base, other = names[-1], names[0]
+    every = tuple(range(bucket.size))
+    all_positions = (tuple(range(bucket.length)),) * bucket.size
+    some = ((bucket.length // 2,),) * bucket.size
+    middle = Site("resid_pre", anatomy.n_layers // 2)
+    everything = Edit(Site("resid_pre", 0), "replace", all_positions, source=other)
+    blank = Edit(Site("resid_post", anatomy.n_layers - 1), "zero", all_positions)
+    return [
+        Trial(0, base, (Edit(middle, "replace", some, source=base),), every),
+        Trial(1, base, (everything,), every),
+        Trial(2, base, (blank,), every),
+    ]
+
+
+def _try(
+    name: str,
+    model: nn.Module,
+    anatomy: Anatomy,
+    bucket: Bucket,
+    trials: Sequence[Trial],
+    settings: Settings,
+    noise: float,
+) -> Proof | str:
+    """The proof of one executor, or why it failed."""
+    settings = replace(settings, rows_per_call=max(settings.rows_per_call, 64))
+    executor = executor_named(name, model, anatomy, settings)
+    oracle = executor_named("hooks", model, anatomy, settings)
+    dtype = next(model.parameters()).dtype
+    try:
+        with in_float32(model) as wide:
+            found = _compare(executor, oracle, model, bucket, trials)
+            tolerance = FLOAT32_TOLERANCE if wide else NOISE_FACTOR * noise
+            if isinstance(found, str):
+                return found
+            if found.worst > tolerance:
+                return f"{found.where} deviates by {found.worst:.1e} of the logits' scale, {tolerance:.0e} are allowed"
+        narrow, flips = None, 0
+        if wide and dtype != torch.float32:
+            half = _compare(executor, oracle, model, bucket, trials)
+            if isinstance(half, str):
+                return half
+            narrow, limit = half.worst, NOISE_FACTOR * noise
+            flips = sum(d > limit for d in half.by_trial) if has_experts(anatomy) else 0
+            if narrow > limit and not flips:
+                return f"{half.where} deviates by {narrow:.1e} of the logits' scale in {dtype}, {limit:.1e} are allowed"
+    except RunError as error:
+        return error.cause
+    except BROKEN as error:
+        return f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
+    return Proof(
+        name, found.worst, tolerance, 0.0, noise, narrow, found.by_kind, len(trials), bucket.length, {}, flips
+    )
+
+
+@dataclass(frozen=True)
+class _Comparison:
+    worst: float
+    where: str
+    by_kind: dict[str, float]
+    by_trial: list[float]
+
+
+def _compare(
+    executor: Executor, oracle: Executor, model: nn.Module, bucket: Bucket, trials: Sequence[Trial]
+) -> _Comparison | str:
+    """Largest deviations of an executor from the native logits and from plain hooks."""
+    native = {name: native_logits(model, bucket, name) for name in bucket.tokens if name not in bucket.noise}
+    got = executor.run(bucket, trials, logits_measure)
+    want = got if executor is oracle else oracle.run(bucket, trials, logits_measure)
+    scale = max(float(x.abs().max()) for x in want.streams.values())
+    deviations = {f"stream {n}": float((got.streams[n] - x).abs().max()) / scale for n, x in native.items()}
+    deviations |= {f"hooks' stream {n}": float((want.streams[n] - x).abs().max()) / scale for n, x in native.items()}
+    by_trial = ((got.trials - want.trials).abs().amax((1, 2, 3)) / scale).tolist()
+    by_kind: dict[str, float] = {}
+    for trial, deviation in zip(trials, by_trial, strict=True):
+        by_kind[kinds_of(trial)] = max(by_kind.get(kinds_of(trial), 0.0), deviation)
+    names = list(bucket.tokens)
+    deviations["identity edit"] = float((got.trials[0] - got.streams[names[-1]]).abs().max()) / scale
+    if not bucket.noise:
+        deviations["everything replaced"] = float((got.trials[1] - got.streams[names[0]]).abs().max()) / scale
+    if float((got.trials[2] - got.streams[names[-1]]).abs().max()) == 0.0:
+        return "zeroing the last layer's output changes nothing"
+    if any(d != d for d in [*deviations.values(), *by_trial]):
+        return "NaN in the logits"
+    merged = {**deviations, **by_kind}
+    where = max(merged, key=lambda key: merged[key])
+    return _Comparison(merged[where], where, by_kind, by_trial)
+
+
+def native_logits(model: nn.Module, bucket: Bucket, stream: str) -> Tensor:
+    """Logits [prompts, reads, vocab] of the model as it came."""
+    logits = forward(model, bucket.tokens[stream].to(device_of(model)))
+    return logits[torch.arange(bucket.size)[:, None], bucket.read].double().cpu()
+
+
+def implementation_noise(model: nn.Module, bucket: Bucket) -> tuple[float, float]:
+    """How far two implementations of the same pass differ (share of scale), and the scale itself.
+
+    Eager against sdpa attention where the model has both, a batch against its prompts one by one, and a
+    half-precision model against itself in float32.
+    """
+    name = next(iter(bucket.tokens))
+    native = native_logits(model, bucket, name)
+    scale = float(native.abs().max()) or 1.0
+    alone = torch.cat([native_logits(model, _one(bucket, i), name) for i in range(bucket.size)])
+    noise = float((alone - native).abs().max())
+    with other_implementation(model) as swapped:
+        if swapped:
+            noise = max(noise, float((native_logits(model, bucket, name) - native).abs().max()))
+    if next(model.parameters()).dtype != torch.float32:
+        with in_float32(model):
+            noise = max(noise, float((native_logits(model, bucket, name) - native).abs().max()))
+    return noise / scale, scale
+
+
+def _one(bucket: Bucket, index: int) -> Bucket:
+    return Bucket({n: t[index : index + 1] for n, t in bucket.tokens.items()}, bucket.read[index : index + 1], {})
+
+
+@contextmanager
+def other_implementation(model: Any) -> Iterator[bool]:
+    """The model with eager attention for sdpa or the other way round; yields whether it could be."""
+    now = str(getattr(model.config, "_attn_implementation", ""))
+    other = {"sdpa": "eager", "eager": "sdpa"}.get(now)
+    if other is None or not getattr(model, "_supports_sdpa", False):
+        yield False
+        return
+    try:
+        model.set_attn_implementation(other)
+    except (ValueError, KeyError, AttributeError):
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        model.set_attn_implementation(now)
+
+
+def has_experts(anatomy: Anatomy) -> bool:
+    """Whether some layer's MLP is a mixture of experts."""
+    return any("mixture of experts" in layer.missing.get("neuron", "") for layer in anatomy.layers)
+
+
