@@ -19,6 +19,8 @@ Op = Literal["replace", "zero", "constant", "add", "scale", "project", "affine",
 
 OPS: tuple[Op, ...] = ("replace", "zero", "constant", "add", "scale", "project", "affine", "swap", "mask")
 STREAM_OPS = ("replace", "swap")
+UNTOUCHED = 10**9
+"""Start of a trial on a prompt that none of its edits touches."""
 
 
 @dataclass(frozen=True, order=True)
@@ -78,8 +80,8 @@ class Trial:
     prompts: tuple[int, ...]
 
     def start(self, prompt: int) -> int:
-        """First position that any edit touches on this prompt."""
-        return min((min(edit.positions[prompt], default=10**9) for edit in self.edits), default=0)
+        """First position that any edit touches on this prompt; beyond every prompt where none does."""
+        return min((min(edit.positions[prompt], default=UNTOUCHED) for edit in self.edits), default=UNTOUCHED)
 
 
 @dataclass(frozen=True, eq=False)
@@ -211,7 +213,7 @@ def _edit_keys(flat: Tensor, edit: Edit, rows: Rows, streams: StreamActivations)
     assert edit.keys is not None
     heads = torch.tensor(range(flat.shape[1]) if edit.units is None else edit.units, device=flat.device)
     source = _source(edit, rows, streams)
-    for prompt in rows.prompt.unique().tolist():
+    for prompt in sorted(set(rows.prompt.tolist())):
         chosen = (rows.prompt == prompt).nonzero()[:, 0]
         at = (rows.index[chosen][:, None, None], heads[None, :, None], torch.tensor(edit.keys[prompt])[None, None])
         at = (at[0], at[1], at[2].to(flat.device))

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -30,7 +31,7 @@ class Executor(Protocol):
 def executor_named(name: str, model: nn.Module, anatomy: Anatomy, settings: Settings) -> Executor:
     """The executor of that name."""
     if name == "hooks":
-        return PlainHooks(model, anatomy)
+        return PlainHooks(model, anatomy, settings)
     return Wavefront(model, anatomy, packed=name == "packed", settings=settings)
 
 
@@ -69,8 +70,7 @@ def execute(
         unit = waiting.pop(0)
         work = works[unit.bucket]
         trials = [work.trials[i] for i in unit.trials]
-        number = count
-        values = _attempt(executor, work.bucket, trials, measures[unit.bucket], lambda layer, n=number: tick(n, layer))
+        values = _attempt(executor, work.bucket, trials, measures[unit.bucket], partial(tick, count))
         if values is None:
             if len(unit.trials) == 1:
                 raise RunError(

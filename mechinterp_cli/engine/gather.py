@@ -32,7 +32,7 @@ def axis_roles(walker: Walker, length: int, vocab_size: int, device: torch.devic
         device: Where the model is.
     """
     other = length - 1 if length > 1 else 2
-    sizes = ((2, length), (3, other))
+    sizes = ((2, length), (5, other))  # so that no product of one pair equals one of the other
     seen = [walker.calls(_tokens(prompts, positions, vocab_size).to(device)) for prompts, positions in sizes]
     return [_compare(a, b, sizes[0], sizes[1]) for a, b in zip(*seen, strict=True)]
 
@@ -72,8 +72,19 @@ def _compare(a: LayerCall, b: LayerCall, size_a: tuple[int, int], size_b: tuple[
         if len(other) == len(shape):
             roles[path] = tuple(role(m, n) for m, n in zip(shape, other, strict=True))
         else:
-            roles[path] = tuple("position" if m == size_a[1] else "fixed" for m in shape)
+            roles[path] = _roles_alone(shape, size_a)
     return roles
+
+
+def _roles_alone(shape: tuple[int, ...], size: tuple[int, int]) -> tuple[Role, ...]:
+    """The roles of an argument that one pass has and the other has not, as a mask at the window's very length."""
+
+    def role(axis: int, m: int) -> Role:
+        if axis == 0 and m == size[0]:
+            return "prompt"
+        return "position" if m == size[1] else "fixed"
+
+    return tuple(role(axis, m) for axis, m in enumerate(shape))
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,7 +112,12 @@ def packed_call(call: LayerCall, roles: Roles, rows: RowIndex) -> LayerCall:
         flat = [i for i, role in enumerate(axes) if role == "flat"]
         if len(positions) >= 2:
             return None
-        if {"odd", "prompt_heads"} & set(axes) or len(prompts) > 1 or (prompts and not positions) or (flat and positions):
+        if (
+            {"odd", "prompt_heads"} & set(axes)
+            or len(prompts) > 1
+            or (prompts and not positions)
+            or (flat and positions)
+        ):
             raise NotGatherable(f"argument {path.lstrip('.')} of shape {tuple(tensor.shape)}")
         if flat:
             return tensor.index_select(flat[0], rows.prompt * rows.length + rows.position)
@@ -121,14 +137,13 @@ def batched_call(call: LayerCall, roles: Roles, prompts: Tensor) -> LayerCall:
 
     def pick(tensor: Tensor, path: str) -> Tensor:
         axes = roles.get(path, ())
-        if "prompt_heads" in axes:
-            axis = axes.index("prompt_heads")
-            by_prompt = tensor.unflatten(axis, (call.hidden.shape[0], -1))
+        together = [i for i, role in enumerate(axes) if role in ("prompt_heads", "flat")]
+        if together:
+            axis = together[0]
+            by_prompt = torch.unflatten(tensor, axis, (call.hidden.shape[0], -1))
             return by_prompt.index_select(axis, prompts).flatten(axis, axis + 1)
         if "prompt" not in axes or tensor.shape[axes.index("prompt")] == 1:
             return tensor
         return tensor.index_select(axes.index("prompt"), prompts)
 
     return call.change(pick)
-
-

@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +14,11 @@ from mechinterp_cli.engine.edits import Edit, Rows, Site, Trial
 def first_layer(edit: Edit) -> int:
     """The layer before which a trial with this edit must be under way."""
     return edit.site.layer + (edit.site.kind == "resid_post")
+
+
+def admission(trial: Trial) -> int:
+    """The layer before which a trial must be under way."""
+    return min((first_layer(edit) for edit in trial.edits), default=0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +60,7 @@ def group_trials(trials: Sequence[Trial], length: int, *, packed: bool) -> list[
         starts: dict[int, list[int]] = defaultdict(list)
         for prompt in trial.prompts:
             starts[trial.start(prompt) if packed else 0].append(prompt)
-        first = min(first_layer(edit) for edit in trial.edits)
+        first = admission(trial)
         for start, prompts in starts.items():
             if start >= length:
                 continue  # no edit touches these prompts
@@ -131,22 +137,29 @@ def rows_of(edit: Edit, piece: Piece, part: int) -> tuple[list[int], list[int], 
     return index, prompt_of, position_of
 
 
+def _likeness(edit: Edit) -> tuple[Any, ...]:
+    """What two edits must share to differ only in their rows."""
+    likeness = (edit.site, edit.op, edit.units, edit.source, edit.source_prompts, id(edit.values), id(edit.offset))
+    return (*likeness, None if edit.keys is None else id(edit))
+
+
 def edits_in(
     pieces: Sequence[Piece], sites: frozenset[Site], device: torch.device
 ) -> dict[Site, list[tuple[Edit, Rows]]]:
-    """The edits at these sites with their rows, those that differ only in their rows joined into one."""
-    joined: dict[tuple[object, ...], tuple[Edit, list[list[int]]]] = {}
+    """The edits at these sites with their rows, those that differ only in their rows joined into one.
+
+    Edits of one trial at one site come in the trial's order, also where another trial has them the other way round.
+    """
+    joined: dict[tuple[Any, ...], tuple[Edit, list[list[int]]]] = {}
     for piece in pieces:
         for part in range(piece.low, piece.high):
             for order, edit in enumerate(piece.group.parts[part].trial.edits):
                 if edit.site not in sites:
                     continue
-                key = (order, edit.site, edit.op, edit.units, edit.source, edit.source_prompts)
-                key = (*key, id(edit.values), id(edit.offset), None if edit.keys is None else id(edit))
-                rows = joined.setdefault(key, (edit, [[], [], []]))[1]
+                rows = joined.setdefault((order, *_likeness(edit)), (edit, [[], [], []]))[1]
                 for total, new in zip(rows, rows_of(edit, piece, part), strict=True):
                     total.extend(new)
     found: dict[Site, list[tuple[Edit, Rows]]] = defaultdict(list)
-    for edit, rows in joined.values():
+    for _, (edit, rows) in sorted(joined.items(), key=lambda item: item[0][0]):
         found[edit.site].append((edit, Rows(*(torch.tensor(r, device=device, dtype=torch.long) for r in rows))))
     return found

@@ -5,15 +5,18 @@ This is the oracle of the other executors and the last resort for models that ne
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mechinterp_cli.engine.edits import Bucket, Edit, Rows, Site, Trial, edited, needed
 from mechinterp_cli.engine.instrument import Reader, Visitor, kinds_by_layer, visiting
-from mechinterp_cli.engine.wavefront import Measure, Values
+from mechinterp_cli.engine.wavefront import Measure, Settings, Values, check_finite
 from mechinterp_cli.models.anatomy import Anatomy, device_of
-from mechinterp_cli.models.walk import forward
+from mechinterp_cli.models.record import hooked
+from mechinterp_cli.models.walk import first_tensor, forward
 
 
 class PlainHooks:
@@ -22,9 +25,11 @@ class PlainHooks:
     Args:
         model: The model, in evaluation mode.
         anatomy: Its anatomy.
+        settings: Whether the first layer that gives NaN or infinity stops the run.
     """
 
-    def __init__(self, model: nn.Module, anatomy: Anatomy) -> None:
+    def __init__(self, model: nn.Module, anatomy: Anatomy, settings: Settings | None = None) -> None:
+        self.settings = settings or Settings()
         self.model = model
         self.anatomy = anatomy
         self.device = device_of(model)
@@ -36,8 +41,12 @@ class PlainHooks:
         measure: Measure,
         tick: Callable[[int], None] = lambda trial: None,
     ) -> Values:
-        """Compute every trial's metrics on the bucket; `tick` is called after each trial."""
-        with torch.no_grad():
+        """Compute every trial's metrics on the bucket; `tick` is called after each trial.
+
+        Raises:
+            RunError: NaN or infinity in a layer.
+        """
+        with torch.no_grad(), self._finite():
             streams, activations = self._streams(bucket, trials)
             base = {name: self._measured(bucket, logits, measure) for name, logits in streams.items()}
             rows = []
@@ -48,6 +57,17 @@ class PlainHooks:
         shape = next(iter(base.values())).shape
         values = torch.stack(rows) if rows else torch.empty(0, *shape, dtype=torch.float64)
         return Values(values.cpu(), {name: x.cpu() for name, x in base.items()})
+
+    def _finite(self) -> AbstractContextManager[None]:
+        """Hooks on all layers that stop at the first output that is not finite."""
+        if not self.settings.check_finite:
+            return nullcontext()
+
+        def hook(_module: nn.Module, _args: Any, output: Any, index: int = 0) -> None:
+            check_finite(first_tensor(output), index, "a forward pass")
+
+        layers = [self.model.get_submodule(layer.module) for layer in self.anatomy.layers]
+        return hooked([layer.register_forward_hook(partial(hook, index=i)) for i, layer in enumerate(layers)])
 
     def logits(self, bucket: Bucket, trial: Trial, activations: dict[tuple[str, Site], Tensor]) -> Tensor:
         """Logits [prompts, reads, vocab] of one trial."""
@@ -99,7 +119,7 @@ class PlainHooks:
         prompts, reads = logits.shape[:2]
         prompt = torch.arange(prompts, device=self.device).repeat_interleave(reads)
         read = torch.arange(reads, device=self.device).repeat(prompts)
-        return measure(logits.flatten(0, 1), prompt, read).double().unflatten(0, (prompts, reads))
+        return torch.unflatten(measure(logits.flatten(0, 1), prompt, read).double(), 0, (prompts, reads))
 
 
 def _all_rows(edit: Edit, positions: int, device: torch.device) -> Rows:

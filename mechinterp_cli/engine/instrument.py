@@ -140,7 +140,7 @@ def _output(site: Site, visit: Visitor, scale: float, shape: _Shape) -> Callable
 def _input(site: Site, visit: Visitor, shape: _Shape, heads: int = 0) -> Callable[..., Any]:
     def hook(_module: nn.Module, args: tuple[Any, ...]) -> Any:
         x = shape.batched(args[0])
-        new = visit(site, x.unflatten(-1, (heads, -1)) if heads else x)
+        new = visit(site, torch.unflatten(x, -1, (heads, -1)) if heads else x)
         return None if new is None else (new.reshape(args[0].shape), *args[1:])
 
     return hook
@@ -160,9 +160,7 @@ def _in_place(site: Site, visit: Visitor, shape: _Shape) -> Callable[..., Any]:
 def layer_of(model: nn.Module, anatomy: Anatomy) -> dict[int, int]:
     """Module id to layer index, for every module inside a decoder layer."""
     return {
-        id(module): layer.index
-        for layer in anatomy.layers
-        for module in model.get_submodule(layer.module).modules()
+        id(module): layer.index for layer in anatomy.layers for module in model.get_submodule(layer.module).modules()
     }
 
 

@@ -44,7 +44,7 @@ class Segment:
 
     def cut(self, x: Float[Tensor, "1 heads rows d"]) -> Float[Tensor, "heads parts prompts width d"]:
         """This segment's rows of a packed q, k or v."""
-        return x[0, :, self.lo : self.hi].unflatten(1, (self.parts, len(self.prompts), self.width))
+        return torch.unflatten(x[0, :, self.lo : self.hi], 1, (self.parts, len(self.prompts), self.width))
 
     def prefix(self, x: Tensor) -> Float[Tensor, "prompts heads start d"]:
         """The stream's keys or values before the segment's first position."""
@@ -62,7 +62,7 @@ class Segment:
 def merged_attention(
     call: AttentionCall, stream: StreamAttention, segments: list[Segment]
 ) -> Float[Tensor, "1 rows heads dv"]:
-    """z of every packed row, for layers whose softmax follows the known rule."""
+    """Z of every packed row, for layers whose softmax follows the known rule."""
     rule = SoftmaxRule.of(call)
     z = call.q.new_empty(1, call.q.shape[2], call.q.shape[1], call.v.shape[-1])
     for segment in segments:
@@ -76,7 +76,7 @@ def _merged_segment(
     kv_heads = call.k.shape[1]
     share = call.q.shape[1] // kv_heads
     # [prompts, kv_heads, parts, share × width, d]: one batch of queries per key/value head and prompt
-    q = segment.cut(call.q).unflatten(0, (kv_heads, share)).permute(3, 0, 2, 1, 4, 5).flatten(3, 4)
+    q = torch.unflatten(segment.cut(call.q), 0, (kv_heads, share)).permute(3, 0, 2, 1, 4, 5).flatten(3, 4)
     k, v = (segment.cut(x).permute(2, 0, 1, 3, 4) for x in (call.k, call.v))
     mask = segment.mask(stream, call.q)
     own = rule.scores(q, k).float()
@@ -85,7 +85,7 @@ def _merged_segment(
     before = None
     if segment.start:
         keys = segment.prefix(stream.k)
-        before = rule.scores(q.flatten(2, 3), keys).float().unflatten(2, (segment.parts, -1))
+        before = torch.unflatten(rule.scores(q.flatten(2, 3), keys).float(), 2, (segment.parts, -1))
         if mask is not None:
             before = before + _mask_part(mask, segment, kv_heads, share, own=False, like=before)
         top = torch.maximum(top, before.amax(-1, keepdim=True))
@@ -99,12 +99,12 @@ def _merged_segment(
         before = before.sub_(top).exp_()
         total = total + before.sum(-1, keepdim=True)
         values = segment.prefix(stream.v)
-        z = z + (before.to(v.dtype).flatten(2, 3) @ values).unflatten(2, (segment.parts, -1))
+        z = z + torch.unflatten(before.to(v.dtype).flatten(2, 3) @ values, 2, (segment.parts, -1))
     if sinks is not None:
         total = total + torch.exp(sinks - top)
     # a row with every key masked has total 0 and z 0
     z = (z / total.clamp(min=torch.finfo(torch.float32).tiny)).to(v.dtype)
-    z = z.unflatten(3, (share, segment.width)).permute(2, 0, 4, 1, 3, 5)
+    z = torch.unflatten(z, 3, (share, segment.width)).permute(2, 0, 4, 1, 3, 5)
     return z.reshape(segment.hi - segment.lo, kv_heads * share, -1)
 
 
@@ -115,9 +115,7 @@ def _sinks(rule: SoftmaxRule, kv_heads: int, share: int, width: int) -> Tensor |
     return rule.sinks.float().view(1, kv_heads, 1, share, 1, 1).expand(-1, -1, -1, -1, width, 1).flatten(3, 4)
 
 
-def _mask_part(
-    mask: Tensor | None, segment: Segment, kv_heads: int, share: int, *, own: bool, like: Tensor
-) -> Tensor:
+def _mask_part(mask: Tensor | None, segment: Segment, kv_heads: int, share: int, *, own: bool, like: Tensor) -> Tensor:
     """The mask over the own keys or over the prefix, as [prompts or 1, kv_heads or 1, 1, share × width, keys]."""
     if mask is None:
         mask = additive(None, segment.width, segment.width, like)
@@ -128,13 +126,11 @@ def _mask_part(
     if by_head.shape[1] == 1:
         by_head = by_head[:, :, None].expand(-1, -1, share, -1, -1)
     else:
-        by_head = by_head.unflatten(1, (kv_heads, share))
+        by_head = torch.unflatten(by_head, 1, (kv_heads, share))
     return by_head.flatten(2, 3)[:, :, None]
 
 
-def whole_keys(
-    call: AttentionCall, stream: StreamAttention, segment: Segment
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def whole_keys(call: AttentionCall, stream: StreamAttention, segment: Segment) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """q, k, v [parts × prompts, heads, …] and mask of a segment, with the prefix copied to every part."""
     q, k, v = (segment.cut(x).permute(1, 2, 0, 3, 4) for x in (call.q, call.k, call.v))
     if segment.start:
@@ -151,7 +147,7 @@ def whole_keys(
 def native_attention(
     call: AttentionCall, stream: StreamAttention, segments: list[Segment]
 ) -> Float[Tensor, "1 rows heads dv"]:
-    """z of every packed row by the model's own attention function, for layers whose rule is not known."""
+    """Z of every packed row by the model's own attention function, for layers whose rule is not known."""
     parts = [call.native(*whole_keys(call, stream, segment))[0].flatten(0, 1) for segment in segments]
     return torch.cat(parts)[None]
 
@@ -170,7 +166,7 @@ class OpenAttention:
         return torch.cat([p.transpose(1, 2).flatten(0, 1) for p in pieces])[None]
 
     def _pieces(self, rows: Tensor) -> list[Tensor]:
-        return [rows[0, s.lo : s.hi].unflatten(0, (-1, s.width)).transpose(1, 2) for s in self.segments]
+        return [torch.unflatten(rows[0, s.lo : s.hi], 0, (-1, s.width)).transpose(1, 2) for s in self.segments]
 
     def pattern(self, scores: Float[Tensor, "1 rows heads keys"]) -> Float[Tensor, "1 rows heads keys"]:
         """Probabilities of these scores."""

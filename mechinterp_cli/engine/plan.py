@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from mechinterp_cli.engine.edits import Bucket, Trial
-from mechinterp_cli.engine.groups import first_layer
+from mechinterp_cli.engine.groups import admission
 from mechinterp_cli.engine.wavefront import LOGITS_BYTES
 from mechinterp_cli.errors import UserError
 from mechinterp_cli.models.anatomy import Anatomy
@@ -56,8 +56,15 @@ class Cost:
     bytes: int
 
     def __add__(self, other: "Cost") -> "Cost":
-        sums = [getattr(self, k) + getattr(other, k) for k in ("trials", "rows", "row_layers", "items", "flops")]
-        return Cost(*sums, bytes=max(self.bytes, other.bytes))
+        """What both take one after the other: sums, and the larger of the bytes."""
+        return Cost(
+            self.trials + other.trials,
+            self.rows + other.rows,
+            self.row_layers + other.row_layers,
+            self.items + other.items,
+            self.flops + other.flops,
+            max(self.bytes, other.bytes),
+        )
 
 
 @dataclass(frozen=True)
@@ -95,7 +102,7 @@ def cost(model: nn.Module, anatomy: Anatomy, work: Work, executor: str) -> Cost:
     rows = row_layers = items = 0
     for trial in work.trials:
         n = trial_rows(trial, bucket.length, packed=packed)
-        first = min(first_layer(edit) for edit in trial.edits) if executor != "hooks" else 0
+        first = admission(trial) if executor != "hooks" else 0
         rows, row_layers = rows + n, row_layers + n * max(0, anatomy.n_layers - first)
         items += len(trial.prompts)
     streams = len(bucket.tokens) * bucket.size * bucket.length * anatomy.n_layers
@@ -171,4 +178,4 @@ def make_plan(
 
 
 def _admission(trial: Trial) -> tuple[int, int]:
-    return min((first_layer(edit) for edit in trial.edits), default=0), trial.index
+    return admission(trial), trial.index

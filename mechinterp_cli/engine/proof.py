@@ -124,8 +124,8 @@ def unfit(name: str, anatomy: Anatomy) -> str | None:
 
 
 def longest(works: Sequence[Work]) -> Work:
-    """The bucket with the longest prompts that has trials."""
-    return max((w for w in works if w.trials), key=lambda w: w.bucket.length)
+    """The bucket with the longest prompts, one that has trials if any has."""
+    return max(works, key=lambda w: (bool(w.trials), w.bucket.length))
 
 
 def head(bucket: Bucket, n: int) -> Bucket:
@@ -229,9 +229,7 @@ def _try(
         return error.cause
     except BROKEN as error:
         return f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
-    return Proof(
-        name, found.worst, tolerance, 0.0, noise, narrow, found.by_kind, len(trials), bucket.length, {}, flips
-    )
+    return Proof(name, found.worst, tolerance, 0.0, noise, narrow, found.by_kind, len(trials), bucket.length, {}, flips)
 
 
 @dataclass(frozen=True)
@@ -249,7 +247,7 @@ def _compare(
     native = {name: native_logits(model, bucket, name) for name in bucket.tokens if name not in bucket.noise}
     got = executor.run(bucket, trials, logits_measure)
     want = got if executor is oracle else oracle.run(bucket, trials, logits_measure)
-    scale = max(float(x.abs().max()) for x in want.streams.values())
+    scale = max(float(x.abs().max()) for x in want.streams.values()) or 1.0
     deviations = {f"stream {n}": float((got.streams[n] - x).abs().max()) / scale for n, x in native.items()}
     deviations |= {f"hooks' stream {n}": float((want.streams[n] - x).abs().max()) / scale for n, x in native.items()}
     by_trial = ((got.trials - want.trials).abs().amax((1, 2, 3)) / scale).tolist()
@@ -321,5 +319,3 @@ def other_implementation(model: Any) -> Iterator[bool]:
 def has_experts(anatomy: Anatomy) -> bool:
     """Whether some layer's MLP is a mixture of experts."""
     return any("mixture of experts" in layer.missing.get("neuron", "") for layer in anatomy.layers)
-
-

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from mechinterp_cli.engine.edits import Bucket, Edit, Rows, Site, StreamActivations, Trial, edited, needed
+from mechinterp_cli.engine.edits import Bucket, Edit, Rows, Site, Trial, edited, needed
 from mechinterp_cli.engine.gather import Roles, RowIndex, axis_roles, batched_call, packed_call
 from mechinterp_cli.engine.groups import Group, Piece, edits_in, group_trials, pieces_of
 from mechinterp_cli.engine.instrument import Reader, interface_handler, layer_of, module_hooks, visit_heads
@@ -126,12 +126,15 @@ class Wavefront:
             RunError: NaN or infinity in a layer.
             NotGatherable: The model's layers cannot be called row by row (packed only).
         """
-        with torch.no_grad(), intercepted(self.model, self._attend):
-            return self._run(bucket, trials, measure, tick)
+        try:
+            with torch.no_grad(), intercepted(self.model, self._attend):
+                return self._run(bucket, trials, measure, tick)
+        finally:  # these hold the streams' keys, values and activations
+            self._handler = None
+            self._activations.clear()
+            self._edits = {}
 
-    def _run(
-        self, bucket: Bucket, trials: Sequence[Trial], measure: Measure, tick: Callable[[int], None]
-    ) -> Values:
+    def _run(self, bucket: Bucket, trials: Sequence[Trial], measure: Measure, tick: Callable[[int], None]) -> Values:
         reads = needed(trials)
         names = sorted({trial.stream for trial in trials} | {name for name, _ in reads} | set(bucket.tokens))
         streams = {name: self._begin(bucket, name) for name in names}
@@ -218,7 +221,7 @@ class Wavefront:
             self._handler = self._packed_handler(layer, stream, pieces, edited_kinds)
         else:
             call = batched_call(stream.calls[layer], roles, prompt[::length])
-            hidden = rows.unflatten(0, (-1, length))
+            hidden = torch.unflatten(rows, 0, (-1, length))
             self._handler = interface_handler(self.model, self.anatomy, {layer: edited_kinds}, self._visit)
         with module_hooks(self.model, self.anatomy.layers[layer], edited_kinds, self._visit, layer_ends=False):
             out = self.walker.run(layer, call, hidden).reshape(rows.shape)
@@ -254,12 +257,11 @@ class Wavefront:
 
         def handler(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
             assert stream.attention is not None
-            changed = {
-                name: visit_heads(self._visit, Site(name, layer), getattr(call, name))
-                for name in ("q", "k", "v")
-                if name in kinds
-            }
-            call = replace(call, **changed)
+            q, k, v = (
+                visit_heads(self._visit, Site(kind, layer), x) if kind in kinds else x
+                for kind, x in (("q", call.q), ("k", call.k), ("v", call.v))
+            )
+            call = replace(call, q=q, k=k, v=v)
             if kinds & {"scores", "pattern"}:
                 z = self._open_attention(layer, OpenAttention(call, stream.attention, segments))
             else:
@@ -302,7 +304,7 @@ class Wavefront:
             final = torch.where((at >= group.start)[None, :, :, None], final, before[None])
             slots = torch.tensor([part.slot for part in group.parts], device=self.device)
             metrics = self._metrics(final.flatten(0, 1), group.prompts.repeat(len(group.parts)), measure)
-            values[slots[:, None], group.prompts[None]] = metrics.unflatten(0, (len(group.parts), -1))
+            values[slots[:, None], group.prompts[None]] = torch.unflatten(metrics, 0, (len(group.parts), -1))
         return Values(values.cpu(), {name: x.cpu() for name, x in base.items()})
 
     def _metrics(self, final: Tensor, prompts: Tensor, measure: Measure) -> Tensor:
@@ -316,4 +318,4 @@ class Wavefront:
             measure(self.walker.unembed(flat[i : i + chunk]), prompt[i : i + chunk], read[i : i + chunk]).double()
             for i in range(0, len(flat), chunk)
         ]
-        return torch.cat(parts).unflatten(0, (items, reads))
+        return torch.unflatten(torch.cat(parts), 0, (items, reads))

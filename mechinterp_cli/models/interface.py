@@ -56,17 +56,17 @@ def intercepted(model: nn.Module, handler: Handler) -> Iterator[None]:
         def call(
             module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **rest: Any
         ) -> tuple[Tensor, Tensor | None]:
-            if id(module) not in own:
-                return original(module, query, key, value, attention_mask, **rest)
-            return handler(AttentionCall(module, original, query, key, value, attention_mask, rest))
+            attention = AttentionCall(module, original, query, key, value, attention_mask, rest)
+            return handler(attention) if id(module) in own else attention.native(query, key, value, attention_mask)
 
         return call
 
-    AttentionInterface.get_interface = lookup  # type: ignore[method-assign]  # undone below
+    interface: Any = AttentionInterface
+    interface.get_interface = lookup
     try:
         yield
     finally:
-        AttentionInterface.get_interface = native_lookup  # type: ignore[method-assign]
+        interface.get_interface = native_lookup
 
 
 @dataclass(frozen=True)

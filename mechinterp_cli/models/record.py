@@ -129,7 +129,7 @@ def _is_stack(seen: list[tuple[int, LayerCall, Any]], tokens: Tensor) -> bool:
         hidden = call.hidden
         if not isinstance(hidden, Tensor) or hidden.shape[:2] != tokens.shape or hidden.ndim != 3:
             return False
-        output = out if isinstance(out, Tensor) else out[0] if isinstance(out, tuple) and out else None
+        output = out if isinstance(out, Tensor) else out[0] if isinstance(out, (tuple, list)) and out else None
         if not isinstance(output, Tensor) or output.shape != hidden.shape:
             return False
     return True
@@ -172,12 +172,11 @@ def _watch(model: nn.Module, index: int, name: str, layers: dict[int, LayerRecor
         out = output if isinstance(output, Tensor) else output[0] if isinstance(output, tuple) and output else None
         size = layers[index].pre.numel()
         fits = isinstance(out, Tensor) and out.numel() == size and out.shape[-1] == layers[index].pre.shape[-1]
+        stream_like = _flat(out) if isinstance(out, Tensor) and fits else None
         weight = getattr(module, "weight", None)
         is_linear = isinstance(weight, Tensor) and weight.ndim == 2
         source = _flat(tensors[0]) if tensors and tensors[0].ndim >= 2 else None
-        layers[index].modules.append(
-            ModuleRecord(inner_name, next(order), source, _flat(out) if fits else None, is_linear)
-        )
+        layers[index].modules.append(ModuleRecord(inner_name, next(order), source, stream_like, is_linear))
 
     handles: list[Any] = [
         layer.register_forward_pre_hook(begin, with_kwargs=True, prepend=True),

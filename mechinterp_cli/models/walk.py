@@ -57,9 +57,7 @@ class LayerCall:
 
     def change(self, change: Callable[[Tensor, str], Any]) -> "LayerCall":
         """The same call with every tensor but the hidden state changed."""
-        args = tuple(
-            a if i == self.slot else map_tensors(a, change, f".{i}") for i, a in enumerate(self.args)
-        )
+        args = tuple(a if i == self.slot else map_tensors(a, change, f".{i}") for i, a in enumerate(self.args))
         kwargs = {k: a if k == self.slot else map_tensors(a, change, f".{k}") for k, a in self.kwargs.items()}
         return LayerCall(self.hidden, self.slot, args, kwargs)
 
@@ -88,15 +86,21 @@ def accepts(model: nn.Module, keyword: str) -> bool:
     return keyword in inspect.signature(type(model).forward).parameters
 
 
+def passes_on(model: nn.Module, keyword: str) -> bool:
+    """Whether the model's forward names this keyword or takes any and hands them on."""
+    parameters = inspect.signature(type(model).forward).parameters
+    return keyword in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
 def forward(model: nn.Module, tokens: Tensor, *, last_only: bool = False) -> Tensor:
     """Native logits [batch, positions, vocab] (one position if `last_only` and the model can).
 
     No attention mask and no position ids are given: prompts are never padded.
     """
-    keywords: dict[str, Any] = {"use_cache": False} if accepts(model, "use_cache") else {}
+    keywords: dict[str, Any] = {"use_cache": False} if passes_on(model, "use_cache") else {}
     if last_only and accepts(model, "logits_to_keep"):
         keywords["logits_to_keep"] = 1
-    logits = model(input_ids=tokens, **keywords).logits
+    logits: Tensor = model(input_ids=tokens, **keywords).logits
     return logits[:, -1:] if last_only else logits
 
 
