@@ -220,51 +220,6 @@ def _note(case: CaseResult) -> str:
     )
 
 
-_PREFIX_HEAD, _prefix_rows(report.prefixes))]
-    return "\n\n".join(parts) + "\n"
-
-
-_CASE_HEAD = (
-    "case", "pairs", "trivial trials", "computed", "engine s", "hooks last s", "×", "hooks full s", "×",
-    "GFLOP", "GFLOP/s", "of sgemm", "peak MiB over base", "peak MiB", "max difference",
-)  # fmt: skip
-
-
-def _case_rows(case: CaseResult) -> list[list[str]]:
-    return [_case_row(case, "written", case.written), _case_row(case, "computed", case.whole)]
-
-
-def _case_row(case: CaseResult, name: str, engine: EngineResult) -> list[str]:
-    return [
-        f"({case.key}) {case.title}",
-        str(case.pairs),
-        name,
-        f"{engine.computed} of {case.trials}",
-        f"{engine.seconds:.2f}",
-        f"{case.hooks_last_seconds:.1f}",
-        f"**{case.hooks_last_seconds / engine.seconds:.1f}**",
-        f"{case.hooks_full_seconds:.1f}",
-        f"{case.hooks_full_seconds / engine.seconds:.1f}",
-        f"{engine.flops / 1e9:.0f}",
-        f"{engine.rate / 1e9:.0f}",
-        f"{engine.rate / case.sgemm:.0%}",
-        f"{engine.peak_bytes / 2**20:.0f}",
-        f"{engine.peak_total / 2**20:.0f}",
-        f"{engine.deviation:.1e}",
-    ]
-
-
-def _notes(cases: Sequence[CaseResult]) -> str:
-    return "\n".join(
-        f"- ({case.key}), {case.pairs} pairs of {case.tokens} tokens: executor {case.executor}; to reach with trivial "
-        f"trials written: {case.target:g} × hooks with last logits (here {case.hooks_last_seconds / case.written.seconds:.1f}); "
-        f"plain hooks computed {case.hooks_checked} of {case.trials} trials; sgemm {case.sgemm / 1e9:.0f} GFLOP/s; the "
-        f"plan counts {case.written.plan_flops / case.written.flops:.3f} and "
-        f"{case.whole.plan_flops / case.whole.flops:.3f} of these GFLOP; allowed difference {case.tolerance:.0e}."
-        for case in cases
-    )
-
-
 _PREFIX_HEAD = (
     "prefix", "pairs", "trials", "engine s", "of it streams s", "ms per trial", "× shortest", "by FLOPs",
     "attention's share of FLOPs", "hooks last s", "×", "max difference",
