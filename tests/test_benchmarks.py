@@ -89,6 +89,12 @@ def test_a_small_run_writes_its_tables_and_its_values_are_equal(
     assert len(widths) == 1
 
 
+def test_full_has_plain_hooks_compute_every_trial(folder: str, tmp_path: Path) -> None:
+    out = tmp_path / "r.json"
+    assert main(["--model", folder, "--quick", "--full", "--rounds", "2", "--cases", "a", "--json", str(out)]) == 0
+    assert json.loads(out.read_text())["cases"][0]["hooks_checked"] == LAYERS * LENGTH
+
+
 @pytest.mark.parametrize(("wrong", "code"), [(0.0, 0), (0.01, 1)])
 def test_one_wrong_value_in_one_trial_ends_with_1(
     folder: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], wrong: float, code: int
