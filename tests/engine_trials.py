@@ -78,7 +78,7 @@ def edit_of(anatomy: Anatomy, site: Site, op: Op, variant: int, seed: int = 0) -
         ends = (max(chosen, default=2) for chosen in positions)  # keys just before are inside every window
         keys = tuple(((max(end, 1) - 1,), (max(end, 2) - 2, max(end, 2) - 1))[variant % 2] for end in ends)
         shape = (shape[0], 1)  # the same for each key
-    values, offset = _numbers(op, shape, variant, generator)
+    values, offset = numbers(op, shape, variant, generator)
     reads = op in ("replace", "swap")
     return Edit(
         site,
@@ -93,7 +93,7 @@ def edit_of(anatomy: Anatomy, site: Site, op: Op, variant: int, seed: int = 0) -
     )
 
 
-def _numbers(
+def numbers(
     op: Op, shape: tuple[int, ...], variant: int, generator: torch.Generator
 ) -> tuple[Tensor | None, Tensor | None]:
     """Values and offset of an edit on features of this shape."""

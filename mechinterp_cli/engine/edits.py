@@ -215,8 +215,8 @@ def _edit_keys(flat: Tensor, edit: Edit, rows: Rows, streams: StreamActivations)
     source = _source(edit, rows, streams)
     for prompt in sorted(set(rows.prompt.tolist())):
         chosen = (rows.prompt == prompt).nonzero()[:, 0]
-        at = (rows.index[chosen][:, None, None], heads[None, :, None], torch.tensor(edit.keys[prompt])[None, None])
-        at = (at[0], at[1], at[2].to(flat.device))
+        keys = torch.tensor(edit.keys[prompt], dtype=torch.long, device=flat.device)
+        at = (rows.index[chosen][:, None, None], heads[None, :, None], keys[None, None])
         part = Rows(rows.index[chosen], rows.prompt[chosen], rows.position[chosen])
         other = None if source is None else source[chosen[:, None, None], at[1], at[2]]
         flat[at] = _new(flat[at], edit, part, other)
