@@ -101,8 +101,9 @@ def cost(model: nn.Module, anatomy: Anatomy, work: Work, executor: str) -> Cost:
     per_row += 4 * bucket.length * heads.query * heads.d_head if heads else 0
     rows = row_layers = items = 0
     for trial in work.trials:
-        n = trial_rows(trial, bucket.length, packed=packed)
-        first = admission(trial) if executor != "hooks" else 0
+        n, first = trial_rows(trial, bucket.length, packed=packed), admission(trial)
+        if executor == "hooks":  # whole passes over all prompts
+            n, first = bucket.size * bucket.length, 0
         rows, row_layers = rows + n, row_layers + n * max(0, anatomy.n_layers - first)
         items += len(trial.prompts)
     streams = len(bucket.tokens) * bucket.size * bucket.length * anatomy.n_layers
