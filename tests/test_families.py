@@ -8,13 +8,8 @@ from mechinterp_cli.models.anatomy import find_anatomy
 from mechinterp_cli.models.kinds import SITE_KINDS
 from tests.families import FAMILIES, build
 
-# Its linear-attention layers declare z, cut by the head count of its softmax attention, which is another one.
-WRONG_Z = pytest.param(
-    "qwen3_next", marks=pytest.mark.xfail(strict=True, reason="z of linear attention is cut into wrong heads")
-)
 
-
-@pytest.mark.parametrize("name", [WRONG_Z if name == "qwen3_next" else name for name in FAMILIES])
+@pytest.mark.parametrize("name", FAMILIES)
 def test_a_family_declares_the_sites_it_has_and_no_others(name: str) -> None:
     family, anatomy = FAMILIES[name], find_anatomy(build(name))
     assert set(SITE_KINDS) - set(anatomy.sites) == family.lacks

@@ -10,6 +10,7 @@ that must change the logits must change them.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any
 
 import torch
@@ -90,8 +91,9 @@ def prove(
     settings = settings or Settings()
     work = longest(works)
     samples = sample(work.trials, per_kind)
-    bucket = head(work.bucket, PROOF_PROMPTS)
-    trials = checks(bucket, anatomy) + [crop(trial, bucket.size, i) for i, trial in enumerate(samples)]
+    prompts = touched_prompts(samples, work.bucket.size)
+    bucket = pick(work.bucket, prompts)
+    trials = checks(bucket, anatomy) + [crop(trial, prompts, i) for i, trial in enumerate(samples)]
     rejected: dict[str, str] = {}
     with torch.no_grad():
         noise, scale = implementation_noise(model, bucket)
@@ -128,28 +130,47 @@ def longest(works: Sequence[Work]) -> Work:
     return max(works, key=lambda w: (bool(w.trials), w.bucket.length))
 
 
-def head(bucket: Bucket, n: int) -> Bucket:
-    """The first prompts of a bucket."""
+def touched_prompts(trials: Sequence[Trial], size: int) -> list[int]:
+    """A few prompts, among them one for every trial that the trial edits: without it nothing would be proved."""
+    chosen: set[int] = set()
+    for trial in trials:
+        touched = [p for p in range(size) if any(edit.positions[p] for edit in trial.edits)]
+        if touched and not chosen & set(touched):
+            chosen.add(touched[0])
+    others = (prompt for prompt in range(size) if prompt not in chosen)
+    return sorted(chosen | set(islice(others, max(0, PROOF_PROMPTS - len(chosen)))))
+
+
+def pick(bucket: Bucket, prompts: list[int]) -> Bucket:
+    """Some prompts of a bucket."""
     return Bucket(
-        {name: tokens[:n] for name, tokens in bucket.tokens.items()},
-        bucket.read[:n],
-        {name: noise[:n] for name, noise in bucket.noise.items()},
+        {name: tokens[prompts] for name, tokens in bucket.tokens.items()},
+        bucket.read[prompts],
+        {name: noise[prompts] for name, noise in bucket.noise.items()},
     )
 
 
-def crop(trial: Trial, n: int, index: int) -> Trial:
-    """A trial on the first prompts only; sources outside them are folded back inside."""
-    edits = tuple(
-        replace(
-            edit,
-            positions=edit.positions[:n],
-            keys=None if edit.keys is None else edit.keys[:n],
-            source_prompts=None if edit.source_prompts is None else tuple(p % n for p in edit.source_prompts[:n]),
-            values=edit.values[:n] if edit.op in ("constant", "add") and edit.values is not None else edit.values,
-        )
-        for edit in trial.edits
+def crop(trial: Trial, prompts: list[int], index: int) -> Trial:
+    """A trial on some prompts only; sources outside them are folded back inside."""
+    return Trial(
+        index, trial.stream, tuple(_cropped(edit, prompts) for edit in trial.edits), tuple(range(len(prompts)))
     )
-    return Trial(index, trial.stream, edits, tuple(range(n)))
+
+
+def _cropped(edit: Edit, prompts: list[int]) -> Edit:
+    sources, values = edit.source_prompts, edit.values
+    if edit.op in ("constant", "add") and values is not None and values.shape[0] > 1:
+        values = values[prompts]
+    place = {prompt: i for i, prompt in enumerate(prompts)}
+    return replace(
+        edit,
+        positions=tuple(edit.positions[p] for p in prompts),
+        keys=None if edit.keys is None else tuple(edit.keys[p] for p in prompts),
+        source_prompts=None
+        if sources is None
+        else tuple(place.get(sources[p], sources[p] % len(prompts)) for p in prompts),
+        values=values,
+    )
 
 
 def sample(trials: Sequence[Trial], per_kind: int) -> list[Trial]:
@@ -178,19 +199,22 @@ def kinds_of(trial: Trial) -> str:
 
 
 def checks(bucket: Bucket, anatomy: Anatomy) -> list[Trial]:
-    """Identity at a middle layer, everything replaced at layer 0, and an edit that must change the logits."""
+    """Identity at a middle layer, everything replaced after the last and before the first, and one that must show.
+
+    Only after the last layer is what is replaced everything: some models hand their layers more than the stream.
+    """
     names = list(bucket.tokens)
     base, other = names[-1], names[0]
     every = tuple(range(bucket.size))
     all_positions = (tuple(range(bucket.length)),) * bucket.size
     some = ((bucket.length // 2,),) * bucket.size
     middle = Site("resid_pre", anatomy.n_layers // 2)
-    everything = Edit(Site("resid_pre", 0), "replace", all_positions, source=other)
-    blank = Edit(Site("resid_post", anatomy.n_layers - 1), "zero", all_positions)
+    first, last = Site("resid_pre", 0), Site("resid_post", anatomy.n_layers - 1)
     return [
         Trial(0, base, (Edit(middle, "replace", some, source=base),), every),
-        Trial(1, base, (everything,), every),
-        Trial(2, base, (blank,), every),
+        Trial(1, base, (Edit(last, "replace", all_positions, source=other),), every),
+        Trial(2, base, (Edit(last, "zero", all_positions),), every),
+        Trial(3, base, (Edit(first, "replace", all_positions, source=other),), every),
     ]
 
 
@@ -256,8 +280,7 @@ def _compare(
         by_kind[kinds_of(trial)] = max(by_kind.get(kinds_of(trial), 0.0), deviation)
     names = list(bucket.tokens)
     deviations["identity edit"] = float((got.trials[0] - got.streams[names[-1]]).abs().max()) / scale
-    if not bucket.noise:
-        deviations["everything replaced"] = float((got.trials[1] - got.streams[names[0]]).abs().max()) / scale
+    deviations["everything replaced"] = float((got.trials[1] - got.streams[names[0]]).abs().max()) / scale
     if float((got.trials[2] - got.streams[names[-1]]).abs().max()) == 0.0:
         return "zeroing the last layer's output changes nothing"
     if any(d != d for d in [*deviations.values(), *by_trial]):

@@ -113,8 +113,9 @@ def find_anatomy(model: nn.Module, overrides: Mapping[str, str] | None = None) -
     with torch.no_grad(), in_float32(model):
         names, chained = find_layers(model, tokens, (overrides or {}).get("layers"))
         recording = record(model, names, tokens)
+    mixed = any(layer.interface_calls for layer in recording.layers)
     return Anatomy(
-        layers=tuple(describe(layer, config) for layer in recording.layers),
+        layers=tuple(describe(layer, config, mixed=mixed) for layer in recording.layers),
         d_model=recording.layers[0].pre.shape[-1],
         vocab_size=recording.logits.shape[-1],
         max_length=limit,
@@ -151,13 +152,19 @@ def probe_tokens(vocab_size: int, length: int, generator: torch.Generator) -> Te
     return torch.randint(low, min(vocab_size, 1000), (PROBE_PROMPTS, length), generator=generator)
 
 
-def describe(layer: LayerRecord, config: Any) -> LayerAnatomy:
-    """The anatomy of one recorded layer."""
+def describe(layer: LayerRecord, config: Any, *, mixed: bool = False) -> LayerAnatomy:
+    """The anatomy of one recorded layer.
+
+    Args:
+        layer: The recorded layer.
+        config: The decoder's config.
+        mixed: Whether some layer of the model goes through the attention interface.
+    """
     missing: dict[str, str] = {} if layer.index == 0 else {"embed": "embed is what enters layer 0"}
     attn_out, mlp_out = find_additions(layer, missing)
     mid = find_mid(layer, attn_out, missing)
     down, d_mlp = find_down(layer, mlp_out, missing)
-    z, heads = find_heads(layer, config, missing)
+    z, heads = find_heads(layer, config, missing, mixed=mixed)
     return LayerAnatomy(
         index=layer.index,
         module=layer.name,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mechinterp_cli.errors import UserError
 from mechinterp_cli.models.interface import AttentionCall, SoftmaxRule, intercepted, masked_scores, softmax, weigh
-from mechinterp_cli.models.walk import LayerCall, first_tensor, forward
+from mechinterp_cli.models.walk import LayerCall, first_tensor, forward, with_tensor
 
 KNOWN_SOFTMAX_TOLERANCE = 1e-5
 CAUSAL_TOLERANCE = 1e-5
@@ -83,8 +83,9 @@ def hooked(handles: list[Any]) -> Iterator[None]:
 def find_layers(model: nn.Module, tokens: Tensor, override: str | None) -> tuple[list[str], bool]:
     """Qualified names of the decoder layers, and whether each one's output is the next one's input.
 
-    Among all lists of modules it is the one with most parameters whose members ran once each, in order,
-    on hidden states of one shape.
+    Among all lists of modules whose members ran once each, in order, on hidden states of one shape, it is the one
+    with most parameters whose output reaches the logits (a patcher of bytes, say, only decides where patches end);
+    of equals the later one.
 
     Raises:
         UserError: No list of modules behaves like a stack of layers.
@@ -107,18 +108,30 @@ def find_layers(model: nn.Module, tokens: Tensor, override: str | None) -> tuple
 
             handles.append(child.register_forward_hook(hook, with_kwargs=True))
     with hooked(handles):
-        forward(model, tokens)
+        logits = forward(model, tokens)
     stacks = {name: seen for name, seen in calls.items() if _is_stack(seen, tokens)}
     if not stacks:
         raise UserError(
             "no stack of decoder layers was found in this model",
             "Name the list of layers in the config: model.anatomy.layers.",
         )
-    best = max(stacks, key=lambda name: sum(p.numel() for p in lists[name].parameters()))
+    ranked = sorted(reversed(stacks), key=lambda name: -sum(p.numel() for p in lists[name].parameters()))
+    alone = len(ranked) == 1
+    best = next((n for n in ranked if alone or _reaches_logits(model, lists[n][-1], tokens, logits)), ranked[0])
     seen = stacks[best]
     outputs = [first_tensor(out) for _, _, out in seen]
     chained = all(torch.equal(a, b[1].hidden) for a, b in zip(outputs, seen[1:], strict=False))
     return [f"{best}.{index}" for index, _, _ in seen], chained
+
+
+def _reaches_logits(model: nn.Module, layer: nn.Module, tokens: Tensor, logits: Tensor) -> bool:
+    """Whether other numbers from this layer give other logits."""
+
+    def blank(_module: nn.Module, _args: Any, output: Any) -> Any:
+        return with_tensor(output, torch.zeros_like(first_tensor(output)))
+
+    with hooked([layer.register_forward_hook(blank)]):
+        return not torch.equal(forward(model, tokens), logits)
 
 
 def _is_stack(seen: list[tuple[int, LayerCall, Any]], tokens: Tensor) -> bool:
@@ -158,16 +171,23 @@ def _watch(model: nn.Module, index: int, name: str, layers: dict[int, LayerRecor
     """Hooks on one layer and on everything inside it."""
     layer = model.get_submodule(name)
     order = iter(range(1_000_000))
+    running = False  # a module that layers share (an activation) is called in the others too
 
     def begin(_module: nn.Module, args: Any, kwargs: Any) -> None:
+        nonlocal running
+        running = True
         hidden = _flat(LayerCall.of(args, kwargs).hidden)
         layers[index] = LayerRecord(index, name, hidden, hidden, 0)
 
     def end(_module: nn.Module, _args: Any, output: Any) -> None:
+        nonlocal running
+        running = False
         layers[index].post = _flat(first_tensor(output))
         layers[index].tuple_size = 0 if isinstance(output, Tensor) else len(output)
 
     def inner(module: nn.Module, args: Any, kwargs: Any, output: Any, inner_name: str) -> None:
+        if not running:
+            return
         tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and a.is_floating_point()]
         out = output if isinstance(output, Tensor) else output[0] if isinstance(output, tuple) and output else None
         size = layers[index].pre.numel()

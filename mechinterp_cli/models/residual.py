@@ -163,8 +163,14 @@ def find_down(layer: LayerRecord, mlp_out: Addition | None, missing: dict[str, s
     return None, 0
 
 
-def find_heads(layer: LayerRecord, config: Any, missing: dict[str, str]) -> tuple[str | None, Heads | None]:
-    """Head counts, and where z is read: at the interface (None), or at the output projection's input."""
+def find_heads(
+    layer: LayerRecord, config: Any, missing: dict[str, str], *, mixed: bool = False
+) -> tuple[str | None, Heads | None]:
+    """Head counts, and where z is read: at the interface (None), or at the output projection's input.
+
+    Where other layers go through the interface (`mixed`), one that does not is another kind of layer, such as
+    linear attention, and the config's number of heads is not its own.
+    """
     if layer.interface is not None and layer.interface_calls == 1:
         call = layer.interface
         if not layer.known_softmax:
@@ -175,6 +181,9 @@ def find_heads(layer: LayerRecord, config: Any, missing: dict[str, str]) -> tupl
     if layer.interface_calls > 1:
         reason = "this layer calls the attention interface more than once"
     missing.update(dict.fromkeys(("q", "k", "v", "scores", "pattern"), reason))
+    if mixed:
+        missing["z"] = f"{reason}: it is another kind of layer"
+        return None, None
     projection = _output_projection(layer, int(getattr(config, "num_attention_heads", 0) or 0))
     if projection is None or projection.input is None:
         missing["z"] = reason
