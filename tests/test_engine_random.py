@@ -91,8 +91,10 @@ def test_edits_of_one_site_are_made_in_the_trials_order_whatever_the_order_in_ot
     double = Edit(Site("resid_pre", 1), "scale", at, values=torch.tensor(2.0))
     shift = Edit(Site("resid_pre", 1), "add", at, values=torch.ones(1, 1, anatomy.d_model))
     every = tuple(range(PROMPTS))
-    trials = [Trial(0, "corrupt", (double, shift), every), Trial(1, "corrupt", (shift, double), every)]
+    triple = Edit(Site("resid_pre", 1), "scale", at, values=torch.tensor(3.0))
+    orders = [(double, shift), (triple, shift), (shift, triple)]
+    trials = [Trial(i, "corrupt", order, every) for i, order in enumerate(orders)]
     want = run("hooks", model, anatomy, two_streams(), trials)
-    assert (want.trials[0] - want.trials[1]).abs().max() > 0.01
+    assert (want.trials[1] - want.trials[2]).abs().max() > 0.01
     for executor in ("packed", "resume"):
         assert deviation(run(executor, model, anatomy, two_streams(), trials), want) <= 1e-5
