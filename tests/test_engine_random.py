@@ -72,7 +72,7 @@ def three_streams(read: list[list[int]]) -> Bucket:
     return Bucket.of({**tokens, "third": tokens["clean"].flip(0, 1)}, torch.tensor(read))
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, phases=[Phase.generate])
+@settings(max_examples=40, deadline=None, derandomize=True, phases=[Phase.generate])
 @given(data=st.data(), name=st.sampled_from(FAMILIES), rows=st.integers(1, 64))
 def test_random_trials_are_what_plain_hooks_give(data: st.DataObject, name: str, rows: int) -> None:
     model, anatomy = family(name)
@@ -96,5 +96,21 @@ def test_edits_of_one_site_are_made_in_the_trials_order_whatever_the_order_in_ot
     trials = [Trial(i, "corrupt", order, every) for i, order in enumerate(orders)]
     want = run("hooks", model, anatomy, two_streams(), trials)
     assert (want.trials[1] - want.trials[2]).abs().max() > 0.01
+    for executor in ("packed", "resume"):
+        assert deviation(run(executor, model, anatomy, two_streams(), trials), want) <= 1e-5
+
+
+def test_what_leaves_a_layer_is_edited_before_what_enters_the_next() -> None:
+    model, anatomy = family("llama")
+    at, every = ((2,),) * PROMPTS, tuple(range(PROMPTS))
+
+    def pair(first: Site, second: Site) -> tuple[Edit, Edit]:
+        scale = Edit(first, "scale", at, values=torch.tensor(2.0))
+        return Edit(second, "add", at, values=torch.ones(1, 1, anatomy.d_model)), scale
+
+    between = pair(Site("resid_post", 0), Site("resid_pre", 1))
+    start = pair(Site("embed", 0), Site("resid_pre", 0))
+    trials = [Trial(0, "corrupt", between, every), Trial(1, "corrupt", start, every)]
+    want = run("hooks", model, anatomy, two_streams(), trials)
     for executor in ("packed", "resume"):
         assert deviation(run(executor, model, anatomy, two_streams(), trials), want) <= 1e-5
