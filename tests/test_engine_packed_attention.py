@@ -152,3 +152,14 @@ def test_large_scores_do_not_overflow() -> None:
     z = merged_attention(case.call, case.stream(), case.segments)
     assert z.isfinite().all()
     assert z.abs().max() <= case.call.v.abs().max().maximum(case.v.abs().max())
+
+
+def test_a_row_that_may_attend_to_nothing_gives_zero() -> None:
+    empty = 0
+    for seed in range(8):
+        case = Case(seed, (0, 1, 4), 2, "empty", torch.float32)
+        want = case.expected()
+        empty += int((want == 0).all(-1).sum())
+        z = merged_attention(case.call, case.stream(), case.segments)[0]
+        assert (z - want).abs().max() <= 2e-6 * want.abs().max()
+    assert empty > 3
