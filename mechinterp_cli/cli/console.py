@@ -4,11 +4,13 @@ stdout carries the result alone (the run directory's path, or JSON). Everything 
 """
 
 import contextlib
+import io
 import json
 import os
+import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TextIO
@@ -18,6 +20,7 @@ from mechinterp_cli.text import visible
 Mode = Literal["human", "plain", "quiet"]
 _PLAIN_SECONDS = 60.0
 _DIGITS = 4
+_PLAIN_WIDTH = 100
 
 
 @dataclass
@@ -40,6 +43,25 @@ class Console:
         """Tell something on stderr, unless quiet; line breaks stay, other control characters are escaped."""
         if self.mode != "quiet":
             _write(sys.stderr, visible(text, lines=True) + "\n")
+
+    def draw(self, view: Callable[[int, bool], Iterable[Any]]) -> None:
+        """Show pictures and tables on stderr, unless quiet, as wide as the terminal and as plain as it must be.
+
+        Args:
+            view: Given width and plainness, what rich prints; its texts carry no markup and no control characters.
+        """
+        if self.mode == "quiet":
+            return
+        from rich.console import Console as RichConsole
+
+        human = self.mode == "human"
+        width = shutil.get_terminal_size((_PLAIN_WIDTH, 24)).columns if human else _PLAIN_WIDTH
+        unicode = (sys.stderr.encoding or "").lower().replace("-", "") == "utf8"
+        buffer = io.StringIO()
+        rich = RichConsole(file=buffer, width=width, force_terminal=human, markup=False, emoji=False, highlight=False)
+        for part in view(width, not human or not unicode):
+            rich.print(part)
+        _write(sys.stderr, buffer.getvalue())
 
     def error(self, cause: str, remedy: str = "") -> None:
         """Tell what is wrong and how to put it right, on stderr, whatever the mode."""

@@ -70,9 +70,10 @@ def execute(
 
 def show_outcome(console: Console, outcome: Any) -> None:
     """Show a finished run: the picture and the strongest trials to a person, the path to a program."""
-    if outcome.view:
-        console.say(outcome.view)
-    console.table(outcome.headline_rows)
+    if outcome.draw is not None:
+        console.draw(outcome.draw)
+    else:
+        console.table(outcome.headline_rows)
     for note in outcome.notes:
         console.say(note)
     console.result(outcome.path, {"headline": list(outcome.headline_rows), "notes": list(outcome.notes)})

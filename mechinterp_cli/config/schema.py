@@ -129,7 +129,7 @@ class OutputOptions(BaseConfig):
     """Formats of results and summary; Parquet keeps every type."""
     rows: Literal["all", "summary", "top"] = "all"
     """Every observation, none of them, or those of the strongest trials."""
-    figures: Annotated[tuple[Literal["png", "svg", "html"], ...], AfterValidator(_unique)] = ("png",)
+    figures: Annotated[tuple[Literal["png", "svg"], ...], AfterValidator(_unique)] = ("png",)
     """Formats of the pictures; `[]` draws none."""
     top: Count = 10
     """How many of the strongest trials are listed, and kept under `rows: top`."""

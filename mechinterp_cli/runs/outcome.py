@@ -1,6 +1,6 @@
 """What a run tells while it goes on, and what it gives when it is done."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -40,7 +40,7 @@ class RunOutcome:
     """The run directory."""
     headline_rows: Sequence[Mapping[str, Any]] = ()
     """The strongest trials, strongest first: column name to value, all rows with the same columns."""
-    view: str = ""
-    """Plain text to show a person before the rows (a heat map drawn with characters); may have several lines."""
+    draw: Callable[[int, bool], Iterable[Any]] | None = None
+    """Given the terminal's width and whether it is plain (ASCII, no colour): what rich prints for a person."""
     notes: Sequence[str] = ()
     """Sentences that belong to the result: warnings, what was dropped, how certain it is."""

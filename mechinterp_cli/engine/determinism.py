@@ -1,0 +1,33 @@
+"""The same bits every time on the same machine, where the config asks for it."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+@contextmanager
+def deterministic(wanted: bool) -> Iterator[None]:
+    """Use only algorithms that repeat their bits (and no TF32), and put the settings back.
+
+    Args:
+        wanted: False leaves everything as it is.
+    """
+    if not wanted:
+        yield
+        return
+    # cuBLAS reads this when its handle is made, so it must stand before the first CUDA call
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    before = torch.are_deterministic_algorithms_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    precision = torch.get_float32_matmul_precision()
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing uninitialised is read; filling costs time
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+        torch.set_float32_matmul_precision(precision)

@@ -1,0 +1,275 @@
+"""Where in the network a trial acts: from a site block of the config to one spec per trial."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from mechinterp_cli.config.base import BaseConfig
+from mechinterp_cli.config.loader import LoadedConfig
+from mechinterp_cli.config.types import Count, Index, Text
+from mechinterp_cli.errors import UserError
+from mechinterp_cli.models.anatomy import Anatomy
+from mechinterp_cli.models.kinds import HEAD_KINDS, KEY_KINDS, NEURON_KINDS
+from mechinterp_cli.tasks.prompts import PromptSet
+from mechinterp_cli.tasks.spans import resolve_span
+
+Kind = Literal[
+    "embed",
+    "resid_pre",
+    "resid_mid",
+    "resid_post",
+    "attn_out",
+    "mlp_out",
+    "q",
+    "k",
+    "v",
+    "z",
+    "scores",
+    "pattern",
+    "neuron",
+]
+Units = Literal["each", "all"] | Annotated[tuple[Index | tuple[Index, ...], ...], Field(min_length=1)]
+Spot = Index | Text
+Positions = Literal["each", "all", "last"] | Annotated[tuple[Spot | tuple[Spot, ...], ...], Field(min_length=1)]
+KeyPath = tuple[int | str, ...]
+
+
+class LayerWindow(BaseConfig):
+    """Windows of layers, one centred at every layer: [max(0, l − w/2), min(L, l + w/2))."""
+
+    window: Count
+    """Layers in a window; causal tracing uses 10 for attention and MLP outputs."""
+
+
+class SiteBlock(BaseConfig):
+    """A family of trials: one kind of site over layers, heads or neurons, and positions."""
+
+    kind: Kind
+    """Where activations are taken: resid_pre, z, mlp_out, … (the README lists them)."""
+    layers: Literal["all"] | Annotated[tuple[Index, ...], Field(min_length=1)] | LayerWindow = "all"
+    """`all` (one trial per layer), a list (one trial for each), or `{window: 10}`."""
+    heads: Units | None = None
+    """For q, k, v, z, scores, pattern: `each`, `all` together, or a list whose inner lists are edited together.
+    `k` and `v` count key/value heads. Default: each."""
+    neurons: Units | None = None
+    """For neuron: as `heads`. Default: all together."""
+    positions: Positions = "each"
+    """`each`, `all` together, `last`, or a list of positions and span names whose inner lists are edited together."""
+    keys: Literal["all"] | Annotated[tuple[Spot, ...], Field(min_length=1)] = "all"
+    """For scores and pattern: the key positions or spans that are edited."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Positions of a trial in every prompt; None where the trial does not apply to the prompt."""
+
+    positions: tuple[tuple[int, ...] | None, ...]
+    position: int | None = None
+    span: str | None = None
+    template: str | None = None
+
+
+@dataclass(frozen=True)
+class TrialSpec:
+    """One trial before it is brought to a bucket."""
+
+    index: int
+    block: int
+    kind: str
+    layer: int
+    """The layer it is reported under: the centre of a window."""
+    layers: tuple[int, ...]
+    units: tuple[int, ...] | None
+    place: Place
+    keys: Place | None
+
+    @property
+    def unit(self) -> int | None:
+        """The head or neuron, where it is a single one."""
+        return self.units[0] if self.units is not None and len(self.units) == 1 else None
+
+    @property
+    def head(self) -> int | None:
+        """The head it is reported under (a key/value head for `k` and `v`)."""
+        return self.unit if self.kind in HEAD_KINDS + KEY_KINDS else None
+
+    @property
+    def by_kv_head(self) -> bool:
+        """Whether its heads are key/value heads."""
+        return self.kind in ("k", "v")
+
+    @property
+    def neuron(self) -> int | None:
+        """The neuron it is reported under."""
+        return self.unit if self.kind in NEURON_KINDS else None
+
+    @property
+    def label(self) -> str:
+        """The trial in words: `z, layer 9, head 4, position 13`."""
+        parts = [self.kind, f"layer {self.layer}"]
+        if len(self.layers) > 1:
+            parts[1] = f"layers {self.layers[0]} to {self.layers[-1]}"
+        if self.units is not None:
+            noun = "neuron" if self.kind in NEURON_KINDS else "head"
+            listed = "+".join(map(str, self.units))
+            parts.append(f"{noun}{'s' if len(self.units) > 1 else ''} {listed}")
+        if self.place.span is not None:
+            parts.append(self.place.span)
+        if self.place.position is not None:
+            parts.append(f"position {self.place.position}")
+        return ", ".join(parts)
+
+
+class Binder:
+    """Expands site blocks against a model and a prompt set, before any forward pass.
+
+    Args:
+        loaded: The config, for errors with file and line.
+        section: The method's key (`patch`).
+        anatomy: The model.
+        prompts: The task's prompts.
+    """
+
+    def __init__(self, loaded: LoadedConfig, section: str, anatomy: Anatomy, prompts: PromptSet) -> None:
+        self.loaded = loaded
+        self.section = section
+        self.anatomy = anatomy
+        self.prompts = prompts
+
+    def expand(self, blocks: Sequence[SiteBlock]) -> list[TrialSpec]:
+        """One spec per trial, in the order block, layer, unit, position.
+
+        Raises:
+            UserError: A layer, head, neuron, position or span that is not there; names the key.
+        """
+        specs: list[TrialSpec] = []
+        for number, block in enumerate(blocks):
+            path: KeyPath = (self.section, "sites", number)
+            places = list(self._places(block, path))
+            keys = self._keys(block, path)
+            for layer, layers in self._layers(block, path):
+                for units in self._units(block, layers[0], path):
+                    for place in places:
+                        specs.append(
+                            TrialSpec(len(specs), number, block.kind, layer, layers, units, place, keys)
+                        )
+        return specs
+
+    def _fail(self, path: KeyPath, problem: str, remedy: str = "") -> UserError:
+        return self.loaded.error(path, problem, remedy)
+
+    def _layers(self, block: SiteBlock, path: KeyPath) -> Iterator[tuple[int, tuple[int, ...]]]:
+        """(reported layer, edited layers) of every trial."""
+        anatomy, path = self.anatomy, (*path, "layers")
+        have = [layer.index for layer in anatomy.layers if block.kind not in layer.missing]
+        if not have:
+            reason = anatomy.layers[-1].missing[block.kind]
+            known = ", ".join(anatomy.sites)
+            raise self._fail((*path[:-1], "kind"), f"{block.kind}: {reason}", f"Sites of this model: {known}.")
+        if isinstance(block.layers, LayerWindow):
+            low, high = block.layers.window // 2, block.layers.window - block.layers.window // 2
+            for centre in range(anatomy.n_layers):
+                inside = range(max(0, centre - low), min(anatomy.n_layers, centre + high))
+                layers = tuple(layer for layer in inside if layer in have)
+                if layers:
+                    yield centre, layers
+            return
+        for place, layer in enumerate(have if block.layers == "all" else block.layers):
+            if layer >= anatomy.n_layers:
+                problem = f"{layer} is outside 0..{anatomy.n_layers - 1}"
+                remedy = f"{self.loaded.config.model.id} has {anatomy.n_layers} layers, counted from 0."
+                raise self._fail((*path, place), problem, remedy)
+            if layer not in have:
+                reason = anatomy.layers[layer].missing[block.kind]
+                raise self._fail((*path, place), f"{layer}: {reason}", f"Layers with {block.kind}: {have}.")
+            yield int(layer), (int(layer),)
+
+    def _units(self, block: SiteBlock, layer: int, path: KeyPath) -> Iterator[tuple[int, ...] | None]:
+        """The heads or neurons of every trial; None is all of them."""
+        kind = block.kind
+        field = "neurons" if kind in NEURON_KINDS else "heads"
+        by_head = kind in HEAD_KINDS + KEY_KINDS
+        for name, wanted in (("heads", by_head), ("neurons", kind in NEURON_KINDS)):
+            if getattr(block, name) is not None and not wanted:
+                raise self._fail((*path, name), f"{kind} has no {name}", f"Leave out {name} for {kind}.")
+        chosen: Units | None = getattr(block, field) if by_head or kind in NEURON_KINDS else "all"
+        if chosen is None:
+            chosen = "each" if by_head else "all"
+        count = self.anatomy.layers[layer].features(kind, self.anatomy.d_model)
+        if chosen == "all":
+            yield None
+        elif chosen == "each":
+            yield from ((unit,) for unit in range(count))
+        else:
+            for place, item in enumerate(chosen):
+                units = item if isinstance(item, tuple) else (int(item),)
+                for unit in units:
+                    if unit >= count:
+                        noun = "key/value heads" if kind in ("k", "v") else field
+                        remedy = f"{self.loaded.config.model.id} has {count} {noun} in layer {layer}, counted from 0."
+                        raise self._fail((*path, field, place), f"{unit} is outside 0..{count - 1}", remedy)
+                yield units
+
+    def _places(self, block: SiteBlock, path: KeyPath) -> Iterator[Place]:
+        """The positions of every trial."""
+        prompts, path = self.prompts.prompts, (*path, "positions")
+        if block.positions == "all":
+            yield Place(tuple(tuple(range(p.length)) for p in prompts))
+        elif block.positions == "last":
+            yield Place(tuple((p.length - 1,) for p in prompts), span="end")
+        elif block.positions == "each":
+            yield from self._each(path)
+        else:
+            for number, item in enumerate(block.positions):
+                spots = item if isinstance(item, tuple) else (item,)
+                yield self._together(spots, (*path, number))
+
+    def _each(self, path: KeyPath) -> Iterator[Place]:
+        """One place per position of each template; positions mean the same only within one template."""
+        prompts = self.prompts.prompts
+        templates = list(dict.fromkeys(p.template for p in prompts))
+        for template in templates:
+            members = [p for p in prompts if p.template == template]
+            lengths = sorted({p.length for p in members})
+            if len(lengths) > 1:
+                problem = f"`each` needs prompts of one length within a template, {template!r} has {lengths}"
+                names = ", ".join(self.prompts.span_names)
+                raise self._fail(path, problem, f"Name spans instead: {names}.")
+            for position in range(lengths[0]):
+                at = tuple((position,) if p.template == template else None for p in prompts)
+                yield Place(at, position=position, template=template)
+
+    def _together(self, spots: Sequence[int | str], path: KeyPath) -> Place:
+        """Some positions and spans as one place."""
+        per_prompt: list[set[int]] = [set() for _ in self.prompts.prompts]
+        for spot in spots:
+            for positions, found in zip(per_prompt, self._spot(spot, path), strict=True):
+                positions.update(found)
+        single = spots[0] if len(spots) == 1 else None
+        span = single if isinstance(single, str) else "+".join(map(str, spots)) if single is None else None
+        position = single if isinstance(single, int) else None
+        return Place(tuple(tuple(sorted(positions)) for positions in per_prompt), position=position, span=span)
+
+    def _spot(self, spot: int | str, path: KeyPath) -> Sequence[tuple[int, ...]]:
+        if isinstance(spot, str):
+            try:
+                return resolve_span(self.prompts, spot)
+            except UserError as error:
+                raise self._fail(path, error.cause, error.remedy) from error
+        shortest = min(p.length for p in self.prompts.prompts)
+        if spot >= shortest:
+            problem = f"{spot} is outside 0..{shortest - 1}"
+            raise self._fail(path, problem, f"The shortest prompt has {shortest} tokens, counted from 0.")
+        if len({p.template for p in self.prompts.prompts}) > 1:
+            problem = f"position {spot} means something else in each template"
+            raise self._fail(path, problem, f"Name a span: {', '.join(self.prompts.span_names)}.")
+        return [(spot,)] * len(self.prompts.prompts)
+
+    def _keys(self, block: SiteBlock, path: KeyPath) -> Place | None:
+        if block.keys == "all":
+            return None
+        if block.kind not in KEY_KINDS:
+            raise self._fail((*path, "keys"), f"{block.kind} has no keys", "Leave out keys, or use scores or pattern.")
+        return self._together(block.keys, (*path, "keys"))

@@ -1,0 +1,226 @@
+"""Values to tidy tables: trials, results, baselines, summary."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from mechinterp_cli.config.schema import StatsOptions as StatsSection
+from mechinterp_cli.methods.places import TrialSpec
+from mechinterp_cli.metrics import find_metric
+from mechinterp_cli.models.anatomy import Anatomy
+from mechinterp_cli.stats import Observations, StatsOptions, Status, observe, summarise
+from mechinterp_cli.tasks.prompts import PromptSet
+
+Floats = npt.NDArray[np.float64]
+SITE_COLUMNS = ("label", "site", "layer", "head", "kv_head", "neuron", "position", "span", "template")
+
+
+@dataclass(eq=False)
+class Sweep:
+    """Everything that a sweep measured.
+
+    Args:
+        prompts: The prompts.
+        specs: The trials.
+        metrics: Names along the last axis.
+        values: [trials, prompts, draws, metrics]; NaN where nothing was computed.
+        status: [trials, prompts] of `Status`: OK, TRIVIAL or ABSENT.
+        streams: Stream name to [prompts, draws, metrics].
+        base: The stream that is edited.
+        other: The stream that normalises, if there is one.
+        drawn: Whether the draws axis means anything.
+    """
+
+    prompts: PromptSet
+    specs: Sequence[TrialSpec]
+    metrics: tuple[str, ...]
+    values: Floats
+    status: npt.NDArray[np.int8]
+    streams: dict[str, Floats]
+    base: str
+    other: str | None
+    drawn: bool = False
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def clusters(self) -> list[str]:
+        """Each prompt's cluster."""
+        return [prompt.cluster for prompt in self.prompts.prompts]
+
+    @property
+    def groups(self) -> list[str]:
+        """Each prompt's group."""
+        return [prompt.group for prompt in self.prompts.prompts]
+
+    def observe(self, metric: int, stats: StatsSection, draw: int | None = None) -> Observations:
+        """Effects of one metric, of one draw or of the mean over draws."""
+
+        def pick(x: Floats) -> Floats:
+            chosen = x[..., metric]
+            return chosen.mean(-1) if draw is None else chosen[..., draw]
+
+        return observe(
+            pick(self.values),
+            self.status,
+            pick(self.streams[self.base]),
+            None if self.other is None else pick(self.streams[self.other]),
+            share=stats.denominator_relative,
+            floor=stats.denominator_absolute,
+        )
+
+
+def trial_rows(specs: Sequence[TrialSpec], anatomy: Anatomy, *, op: str, source: str | None) -> list[dict[str, Any]]:
+    """One row per trial × edit."""
+    rows = []
+    for spec in specs:
+        for edit, layer in enumerate(spec.layers):
+            row = {"trial": spec.index, "edit": edit, "op": op, "site": spec.kind, "layer": layer, "source": source}
+            row |= _unit_columns(spec, layer, anatomy)
+            row |= {"position": spec.place.position, "span": spec.place.span, "template": spec.place.template}
+            row |= {"key_position": spec.keys and spec.keys.position, "key_span": spec.keys and spec.keys.span}
+            row["set"] = None if spec.units is None or len(spec.units) == 1 else "+".join(map(str, spec.units))
+            rows.append(row)
+    return rows
+
+
+def _unit_columns(spec: TrialSpec, layer: int, anatomy: Anatomy) -> dict[str, int | None]:
+    """head and kv_head: for query heads the key/value head that they share, too."""
+    heads = anatomy.layers[layer].heads
+    if spec.head is None or heads is None:
+        return {"head": None, "kv_head": None, "neuron": spec.neuron}
+    if spec.by_kv_head:
+        return {"head": None, "kv_head": spec.head, "neuron": None}
+    return {"head": spec.head, "kv_head": spec.head // (heads.query // heads.key_value), "neuron": None}
+
+
+def site_frame(specs: Sequence[TrialSpec]) -> pd.DataFrame:
+    """What a table needs to be read alone: where each trial acts."""
+    return pd.DataFrame(
+        {
+            "trial": [spec.index for spec in specs],
+            "label": [spec.label for spec in specs],
+            "site": [spec.kind for spec in specs],
+            "layer": pd.array([spec.layer for spec in specs], dtype="Int32"),
+            "head": pd.array([None if spec.by_kv_head else spec.head for spec in specs], dtype="Int32"),
+            "kv_head": pd.array([spec.head if spec.by_kv_head else None for spec in specs], dtype="Int32"),
+            "neuron": pd.array([spec.neuron for spec in specs], dtype="Int32"),
+            "position": pd.array([spec.place.position for spec in specs], dtype="Int32"),
+            "span": pd.array([spec.place.span for spec in specs], dtype="string[pyarrow]"),
+            "template": pd.array([spec.place.template for spec in specs], dtype="string[pyarrow]"),
+            "block": [spec.block for spec in specs],
+        }
+    )
+
+
+def result_columns(sweep: Sweep, stats: StatsSection, trials: npt.NDArray[np.int64] | None = None) -> dict[str, Any]:
+    """One row per observation, trial by trial: columns for the `results` table.
+
+    Args:
+        sweep: The values.
+        stats: Thresholds.
+        trials: Which trials; all where None.
+    """
+    chosen = np.arange(len(sweep.specs)) if trials is None else np.sort(trials)
+    draws = range(sweep.values.shape[2]) if sweep.drawn else (None,)
+    blocks: list[dict[str, Any]] = []
+    for metric, name in enumerate(sweep.metrics):
+        for draw in draws:
+            seen = sweep.observe(metric, stats, draw)
+            trial, prompt = np.nonzero(seen.status[chosen] != Status.ABSENT)
+            at = (chosen[trial], prompt)
+            blocks.append({"trial": at[0], "prompt": prompt, "status": seen.status[at], "draw": draw, "metric": name})
+            blocks[-1] |= {key: getattr(seen, key)[at] for key in ("value", "effect", "normalized")}
+    return _tidy(blocks, sweep)
+
+
+def _tidy(blocks: list[dict[str, Any]], sweep: Sweep) -> dict[str, Any]:
+    """Blocks of rows as columns, sorted by trial, prompt, metric and draw."""
+    keys = ("trial", "prompt", "status", "value", "effect", "normalized")
+    joined = {key: np.concatenate([block[key] for block in blocks]) for key in keys}
+    block_of = np.repeat(np.arange(len(blocks)), [len(block["trial"]) for block in blocks])
+    order = np.lexsort((block_of, joined["prompt"], joined["trial"]))
+    columns = {key: values[order] for key, values in joined.items()}
+    nothing = np.isnan(columns["normalized"]) & (columns["status"] != Status.NAN)
+    sites = site_frame(sweep.specs).iloc[columns["trial"]]
+    labels = np.array([Status(i).label for i in range(len(Status))], dtype=object)
+    by_block = {key: np.array([b[key] for b in blocks], dtype=object)[block_of[order]] for key in ("metric", "draw")}
+    return {
+        **{name: sites[name].array for name in ("trial", *SITE_COLUMNS)},
+        "prompt": columns["prompt"].astype(np.int32),
+        "cluster": np.array(sweep.clusters, dtype=object)[columns["prompt"]],
+        "group": np.array(sweep.groups, dtype=object)[columns["prompt"]],
+        **by_block,
+        "value": columns["value"],
+        "effect": columns["effect"],
+        "normalized": np.ma.MaskedArray(columns["normalized"], mask=nothing | (sweep.other is None)),
+        "status": labels[columns["status"]],
+    }
+
+
+def baseline_rows(sweep: Sweep) -> list[dict[str, Any]]:
+    """Each prompt's metrics on the unedited streams."""
+    rows = []
+    for stream, values in sweep.streams.items():
+        for i, prompt in enumerate(sweep.prompts.prompts):
+            where = {"prompt": i, "cluster": prompt.cluster, "group": prompt.group, "stream": stream}
+            for metric, name in enumerate(sweep.metrics):
+                for draw in range(values.shape[1]):
+                    value = float(values[i, draw, metric])
+                    status = "ok" if value == value else "nan"
+                    rows.append(
+                        where | {"metric": name, "draw": draw if sweep.drawn else None, "value": value, "status": status}
+                    )
+    return rows
+
+
+def summary_frame(sweep: Sweep, stats: StatsSection) -> pd.DataFrame:
+    """One row per trial × metric × group × aggregate; families are metric × site block.
+
+    Warnings of the statistics are added to the sweep.
+    """
+    options = StatsOptions(
+        draws=stats.bootstrap,
+        level=stats.ci,
+        method="studentized" if stats.interval == "studentized" else "bca",
+        flips=stats.flips,
+        correction=stats.correction,
+        q=stats.q,
+        margin=stats.smallest_effect,
+        seed=stats.seed,
+    )
+    frames = []
+    for metric, name in enumerate(sweep.metrics):
+        base = sweep.streams[sweep.base][..., metric].mean(-1)
+        other = None if sweep.other is None else sweep.streams[sweep.other][..., metric].mean(-1)
+        summary = summarise(
+            sweep.observe(metric, stats),
+            base,
+            other,
+            clusters=sweep.clusters,
+            families=[f"{name} {spec.kind} block {spec.block}" for spec in sweep.specs],
+            groups=sweep.groups,
+            ratio_of_means_only=find_metric(name).ratio_of_means_only,
+            options=options,
+        )
+        sweep.warnings += [f"{name}: {warning}" for warning in summary.warnings]
+        frames.append(pd.DataFrame(_plain(summary.columns)).assign(metric=name))
+    joined = pd.concat(frames, ignore_index=True)
+    return joined.merge(site_frame(sweep.specs), on="trial", how="left", validate="many_to_one")
+
+
+def _plain(columns: Any) -> dict[str, Any]:
+    """Masked numbers as nullable pandas arrays that keep NaN and null apart."""
+    import pyarrow as pa
+
+    plain: dict[str, Any] = {}
+    for name, values in columns.items():
+        if isinstance(values, np.ma.MaskedArray):
+            arrow = pa.array(values.data, mask=np.ma.getmaskarray(values), from_pandas=False)
+            plain[name] = pd.arrays.ArrowExtensionArray(arrow)
+        else:
+            plain[name] = values
+    return plain
