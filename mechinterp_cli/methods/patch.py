@@ -27,7 +27,6 @@ from mechinterp_cli.tasks.draw import Draw
 from mechinterp_cli.tasks.prompts import PromptSet
 from mechinterp_cli.tasks.spans import resolve_span
 
-
 register_columns("patch", "trials", [column("template", pa.string())])
 for _table in ("results", "summary"):
     register_columns("patch", _table, [column("kv_head", pa.int32()), column("template", pa.string())])
@@ -186,9 +185,7 @@ def _first_difference(a: Sequence[int], b: Sequence[int]) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), len(a))
 
 
-def make_bucket(
-    bound: BoundPatch, prompts: PromptSet, members: Sequence[int], spread: float, d_model: int
-) -> Bucket:
+def make_bucket(bound: BoundPatch, prompts: PromptSet, members: Sequence[int], spread: float, d_model: int) -> Bucket:
     """The token ids (and the noise) of some prompts of one length, each prompt once per draw.
 
     Args:

@@ -152,9 +152,7 @@ class Binder:
             for layer, layers in self._layers(block, path):
                 for units in self._units(block, layers[0], path):
                     for place in places:
-                        specs.append(
-                            TrialSpec(len(specs), number, block.kind, layer, layers, units, place, keys)
-                        )
+                        specs.append(TrialSpec(len(specs), number, block.kind, layer, layers, units, place, keys))
         return specs
 
     def _fail(self, path: KeyPath, problem: str, remedy: str = "") -> UserError:

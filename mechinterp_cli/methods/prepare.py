@@ -71,9 +71,7 @@ def prepare(loaded: LoadedConfig, progress: Progress, *, compute: bool = True) -
     buckets = [patch.make_bucket(bound, prompts, m, noise or 0.0, model.anatomy.d_model) for m in members]
     means = _means(model, prompts, bound, members, buckets, compute=compute)
     metrics = measuring.Metrics.of(loaded.config.metrics, prompts, logits, model)
-    works = tuple(
-        Work(bucket, _trials(bound, prompts, m, means)) for m, bucket in zip(members, buckets, strict=True)
-    )
+    works = tuple(Work(bucket, _trials(bound, prompts, m, means)) for m, bucket in zip(members, buckets, strict=True))
     measures = tuple(metrics.on(_per_draw(m, bound.draws)) for m in members)
     return Prepared(loaded, model, prompts, bound, members, works, measures, _status(bound, prompts), noise)
 

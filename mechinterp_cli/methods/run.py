@@ -126,9 +126,7 @@ def _plan(prepared: Prepared, executor: str) -> Plan:
     )
 
 
-def _sweep(
-    run: RunRecorder, prepared: Prepared, plan: Plan, executor: Executor, progress: Progress
-) -> tables.Sweep:
+def _sweep(run: RunRecorder, prepared: Prepared, plan: Plan, executor: Executor, progress: Progress) -> tables.Sweep:
     """Execute the plan, saving every unit as it ends."""
     draws = prepared.bound.draws
     n_layers = prepared.model.anatomy.n_layers
@@ -204,9 +202,7 @@ def _finish(run: RunRecorder, prepared: Prepared, proof: Proof, sweep: tables.Sw
     config = prepared.loaded.config
     options = prepared.bound.options
     source = options.source_stream if options.source in ("pair", "other") else options.source
-    rows = tables.trial_rows(
-        sweep.specs, prepared.model.anatomy, op=prepared.bound.operation(), source=source
-    )
+    rows = tables.trial_rows(sweep.specs, prepared.model.anatomy, op=prepared.bound.operation(), source=source)
     run.write_table("trials", rows)
     run.write_table("baselines", tables.baseline_rows(sweep))
     summary = tables.summary_frame(sweep, config.stats)
@@ -227,9 +223,7 @@ def _finish(run: RunRecorder, prepared: Prepared, proof: Proof, sweep: tables.Sw
     def draw(width: int, plain: bool) -> Iterator[Any]:
         for _, heatmap in maps:
             yield terminal_heatmap(heatmap, width=width, plain=plain)
-        yield strongest_table(
-            main, tokens=tokens, count=config.output.top, quantity=quantity, width=width, plain=plain
-        )
+        yield strongest_table(main, tokens=tokens, count=config.output.top, quantity=quantity, width=width, plain=plain)
 
     return RunOutcome(
         run.path,
@@ -260,9 +254,7 @@ def _main_rows(summary: pd.DataFrame, sweep: tables.Sweep) -> pd.DataFrame:
 
 def _headline(rows: pd.DataFrame) -> list[dict[str, Any]]:
     names = ("label", "metric", "value", "effect", "normalized", "ci_low", "ci_high", "p_adjusted", "n", "verdict")
-    return [
-        {name: None if row[name] is pd.NA else row[name] for name in names} for row in rows.to_dict("records")
-    ]
+    return [{name: None if row[name] is pd.NA else row[name] for name in names} for row in rows.to_dict("records")]
 
 
 def _maps(

@@ -88,7 +88,7 @@ def trial_rows(specs: Sequence[TrialSpec], anatomy: Anatomy, *, op: str, source:
 
 
 def _unit_columns(spec: TrialSpec, layer: int, anatomy: Anatomy) -> dict[str, int | None]:
-    """head and kv_head: for query heads the key/value head that they share, too."""
+    """Head and kv_head: for query heads the key/value head that they share, too."""
     heads = anatomy.layers[layer].heads
     if spec.head is None or heads is None:
         return {"head": None, "kv_head": None, "neuron": spec.neuron}
@@ -172,7 +172,8 @@ def baseline_rows(sweep: Sweep) -> list[dict[str, Any]]:
                     value = float(values[i, draw, metric])
                     status = "ok" if value == value else "nan"
                     rows.append(
-                        where | {"metric": name, "draw": draw if sweep.drawn else None, "value": value, "status": status}
+                        where
+                        | {"metric": name, "draw": draw if sweep.drawn else None, "value": value, "status": status}
                     )
     return rows
 
