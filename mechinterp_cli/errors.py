@@ -34,6 +34,7 @@ class MechinterpError(Exception):
         self.remedy = remedy
 
     def __str__(self) -> str:
+        """The cause, and below it the remedy."""
         return f"{self.cause}\n{self.remedy}" if self.remedy else self.cause
 
 

@@ -24,7 +24,8 @@ def last_logits(model: nn.Module, tokens: Tensor) -> Tensor:
     """
     step = max(1, TOKENS_PER_PASS // tokens.shape[1])
     parts = [
-        forward(model, part.to(device_of(model)), last_only=True)[:, -1].float().cpu() for part in tokens.split(step)
+        forward(model, part.to(device_of(model)), last_only=True)[:, -1].float().cpu()
+        for part in torch.split(tokens, step)
     ]
     return torch.cat(parts)
 

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -20,14 +21,15 @@ def deterministic(wanted: bool) -> Iterator[None]:
     # cuBLAS reads this when its handle is made, so it must stand before the first CUDA call
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     before = torch.are_deterministic_algorithms_enabled()
-    fill = torch.utils.deterministic.fill_uninitialized_memory
+    memory: Any = torch.utils.deterministic  # a module whose attribute is a property, which mypy does not see
+    fill = memory.fill_uninitialized_memory
     precision = torch.get_float32_matmul_precision()
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing uninitialised is read; filling costs time
+    memory.fill_uninitialized_memory = False  # nothing uninitialised is read; filling costs time
     torch.set_float32_matmul_precision("highest")
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before)
-        torch.utils.deterministic.fill_uninitialized_memory = fill
+        memory.fill_uninitialized_memory = fill
         torch.set_float32_matmul_precision(precision)
