@@ -1,7 +1,8 @@
 """Small tokenizers, trained on the tasks' own words, that split texts as the large ones do."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
+from typing import Any
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
@@ -28,6 +29,15 @@ def corpus() -> Iterator[str]:
     yield from [f"{number:0{width}}" for width in (2, 3) for number in range(10**width)] * 2
 
 
+def wrap(tokenizer: Tokenizer, **options: Any) -> PreTrainedTokenizerFast:
+    """As transformers gives it."""
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **options)  # type: ignore[no-untyped-call]  # unannotated
+
+
+def decode(tokenizer: PreTrainedTokenizerFast, tokens: Sequence[int]) -> str:
+    return str(tokenizer.decode(list(tokens)))
+
+
 @cache
 def byte_level(digits: int = 1, *, bos: bool = False, chat: bool = False) -> PreTrainedTokenizerFast:
     """Words after a space are single tokens; numbers are split from the left into groups of `digits`."""
@@ -44,9 +54,7 @@ def byte_level(digits: int = 1, *, bos: bool = False, chat: bool = False) -> Pre
     tokenizer.train_from_iterator(corpus(), trainer)
     if bos:
         tokenizer.post_processor = processors.TemplateProcessing("<s> $A", "<s> $A $B", [("<s>", 0)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", chat_template=CHAT if chat else None
-    )
+    return wrap(tokenizer, bos_token="<s>", eos_token="</s>", chat_template=CHAT if chat else None)
 
 
 @cache
@@ -60,7 +68,7 @@ def metaspace() -> PreTrainedTokenizerFast:
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
     tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
+    return wrap(tokenizer, unk_token="<unk>")
 
 
 @cache
@@ -69,4 +77,4 @@ def symbols(count: int = 64, *, unknown: bool = True) -> PreTrainedTokenizerFast
     vocabulary = {f"k{i}": i for i in range(count)} | ({"<unk>": count} if unknown else {})
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **({"unk_token": "<unk>"} if unknown else {}))
+    return wrap(tokenizer, **({"unk_token": "<unk>"} if unknown else {}))

@@ -1,5 +1,5 @@
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -28,9 +28,10 @@ dummy:
 
 
 @pytest.fixture(autouse=True)
-def registered() -> Iterator[None]:
+def registered(monkeypatch: pytest.MonkeyPatch) -> None:
     """A task and a method of our own, so that these tests know no real one."""
-    tasks, methods = dict(TaskOptions.registry), dict(MethodOptions.registry)
+    monkeypatch.setattr(TaskOptions, "registry", {})
+    monkeypatch.setattr(MethodOptions, "registry", {})
 
     class Site(BaseConfig):
         kind: Literal["resid_pre", "z"]
@@ -54,11 +55,6 @@ def registered() -> Iterator[None]:
 
     class Second(MethodOptions):
         method_name = "second"
-
-    yield
-    for registry, before in ((TaskOptions.registry, tasks), (MethodOptions.registry, methods)):
-        registry.clear()  # type: ignore[attr-defined]  # both are dicts; the loop variable is their common base
-        registry.update(before)  # type: ignore[attr-defined]  # as above
 
 
 @pytest.fixture

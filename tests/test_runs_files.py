@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -282,7 +282,7 @@ def test_table_gets_its_fixed_form() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float64", "object", "double[pyarrow]"])
-def test_nan_never_becomes_null(dtype: str) -> None:
+def test_nan_never_becomes_null(dtype: Literal["float64", "object", "double[pyarrow]"]) -> None:
     values = pd.Series(pd.array(pa.array([float("nan"), 1.0]), dtype="double[pyarrow]")).astype(dtype)
     column = schema.validate("summary", summary_frame().assign(value=values))["value"]
     assert column.null_count == 0

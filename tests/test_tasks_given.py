@@ -10,7 +10,7 @@ from mechinterp_cli.tasks.build import build, drop
 from mechinterp_cli.tasks.library.file import FileOptions
 from mechinterp_cli.tasks.library.inline import PromptsOptions
 from mechinterp_cli.tasks.prompts import PromptSet
-from tests.task_tokenizers import byte_level, symbols
+from tests.task_tokenizers import byte_level, decode, symbols
 
 CLEAN = "When Mary and John went to the store, John gave a drink to"
 CORRUPT = "When Mary and John went to the store, Mary gave a drink to"
@@ -32,10 +32,10 @@ def test_inline_prompt_as_tokens() -> None:
     spans = {"place": "store", "IO": [5, 9]}
     prompt = inline({**ROW, "spans": spans, "group": "g", "cluster": "c"}).prompts[0]
     tokenizer = byte_level()
-    assert tokenizer.decode(prompt.clean_tokens) == CLEAN
+    assert decode(tokenizer, prompt.clean_tokens) == CLEAN
     assert prompt.corrupt_tokens is not None
-    assert tokenizer.decode(prompt.corrupt_tokens) == CORRUPT
-    assert [tokenizer.decode(a) for a in (prompt.answer, prompt.wrong_answer)] == [" Mary", " John"]
+    assert decode(tokenizer, prompt.corrupt_tokens) == CORRUPT
+    assert [decode(tokenizer, a) for a in (prompt.answer, prompt.wrong_answer)] == [" Mary", " John"]
     assert dict(prompt.spans) == {"place": (7,), "IO": (1,), "end": (13,)}
     assert (prompt.group, prompt.cluster) == ("g", "c")
 

@@ -19,7 +19,7 @@ from mechinterp_cli.tasks.fill import one_length
 from mechinterp_cli.tasks.library.capitals import FACTS
 from mechinterp_cli.tasks.library.ioi import TEMPLATES
 from mechinterp_cli.tasks.prompts import Prompt, PromptSet
-from tests.task_tokenizers import byte_level, metaspace, symbols
+from tests.task_tokenizers import byte_level, decode, metaspace, symbols
 
 ROOT = Path(__file__).parents[1]
 GENERATED = ("ioi", "greater_than", "induction", "capitals", "agreement")
@@ -36,8 +36,7 @@ def error(task: str, tokenizer: PreTrainedTokenizerFast | None = None, **options
 
 
 def words(prompt: Prompt, span: str, tokenizer: PreTrainedTokenizerFast | None = None) -> str:
-    text: str = (tokenizer or byte_level()).decode([prompt.clean_tokens[i] for i in prompt.spans[span]])
-    return text.strip()
+    return decode(tokenizer or byte_level(), [prompt.clean_tokens[i] for i in prompt.spans[span]]).strip()
 
 
 def differing(prompt: Prompt) -> list[int]:
@@ -58,7 +57,7 @@ def test_prompts_are_different_paired_and_seeded(task: str) -> None:
 
 @pytest.mark.parametrize("task", GENERATED)
 def test_positions_mean_one_thing_within_a_template(task: str) -> None:
-    options = {"templates": "all"} if task in ("ioi", "capitals") else {}
+    options: dict[str, Any] = {"templates": "all"} if task in ("ioi", "capitals") else {}
     by_template: dict[str, set[tuple[object, ...]]] = {}
     for prompt in make(task, n=60, **options).prompts:
         shape = (prompt.length, tuple(sorted(prompt.spans.items())))
@@ -70,7 +69,7 @@ def test_positions_mean_one_thing_within_a_template(task: str) -> None:
 def test_texts_are_the_tokens(task: str) -> None:
     tokenizer = byte_level(bos=True)
     for prompt in make(task, tokenizer).prompts:
-        assert tokenizer.decode(prompt.clean_tokens) == "<s>" + prompt.clean
+        assert decode(tokenizer, prompt.clean_tokens) == "<s>" + prompt.clean
         assert prompt.clean_tokens[0] == tokenizer.bos_token_id
     assert make(task, tokenizer).add_bos
     assert not make(task).add_bos
@@ -205,8 +204,8 @@ def test_ioi_works_where_a_texts_start_is_marked_like_a_space() -> None:
 def test_ioi_in_a_chat_answers_without_a_space() -> None:
     tokenizer = byte_level(bos=True, chat=True)
     (prompt,) = make("ioi", tokenizer, chat_template=True, n=1).prompts
-    assert tokenizer.decode(prompt.answer) == prompt.answer_text == words(prompt, "IO", tokenizer)
-    assert tokenizer.decode(prompt.clean_tokens) == f"<s>[user] {prompt.clean}\n[assistant]\n"
+    assert decode(tokenizer, prompt.answer) == prompt.answer_text == words(prompt, "IO", tokenizer)
+    assert decode(tokenizer, prompt.clean_tokens) == f"<s>[user] {prompt.clean}\n[assistant]\n"
 
 
 @pytest.mark.parametrize("digits", [1, 2, 3, 4])
@@ -215,7 +214,7 @@ def test_greater_than_sets_hold_years_that_are_all_later_or_all_not(digits: int)
     for prompt in make("greater_than", tokenizer).prompts:
         start = int(words(prompt, "start", tokenizer))
         shown = prompt.clean.rsplit("year", 1)[1].strip()
-        begun = {sign: [shown + tokenizer.decode([t]) for t in ids] for sign, ids in _sets(prompt).items()}
+        begun = {sign: [shown + decode(tokenizer, [t]) for t in ids] for sign, ids in _sets(prompt).items()}
         assert all(int(text.ljust(4, "0")) > start for text in begun["right"])
         assert all(int(text.ljust(4, "9")) <= start for text in begun["wrong"])
         assert all(text.isdigit() and text[:2] == str(start)[:2] for texts in begun.values() for text in texts)
@@ -233,7 +232,7 @@ def test_greater_than_with_whole_years() -> None:
     for prompt in make("greater_than", tokenizer).prompts:
         start = int(words(prompt, "start", tokenizer))
         assert prompt.clean.endswith("to the year")
-        assert {int(tokenizer.decode([t])) for t in prompt.answer} == set(range(start + 1, start // 100 * 100 + 100))
+        assert {int(decode(tokenizer, [t])) for t in prompt.answer} == set(range(start + 1, start // 100 * 100 + 100))
 
 
 def test_greater_than_corruption_starts_in_the_year_one() -> None:
@@ -296,7 +295,7 @@ def test_induction_draws_ordinary_tokens_only() -> None:
     drawn = {t for p in make("induction", tokenizer, n=64).prompts for t in p.clean_tokens}
     assert drawn == set(range(64))
     for prompt in make("induction").prompts:
-        assert all(byte_level().decode([t]).strip().isalpha() for t in prompt.clean_tokens)
+        assert all(decode(byte_level(), [t]).strip().isalpha() for t in prompt.clean_tokens)
 
 
 def test_induction_needs_enough_tokens() -> None:

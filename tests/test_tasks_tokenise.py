@@ -1,11 +1,10 @@
 import pytest
-from transformers import PreTrainedTokenizerFast
 
 from mechinterp_cli.errors import UserError
 from mechinterp_cli.tasks.prompts import Prompt, PromptSet
 from mechinterp_cli.tasks.spans import find_text, resolve_span, span_positions, tokens_of
 from mechinterp_cli.tasks.tokenise import Encoder
-from tests.task_tokenizers import byte_level, metaspace, symbols
+from tests.task_tokenizers import byte_level, decode, metaspace, symbols, wrap
 
 SENTENCE = "When Mary and John went to the store"
 
@@ -34,7 +33,7 @@ def test_chat_template_wraps_the_prompt_and_brings_its_own_beginning() -> None:
     tokenizer = byte_level(bos=True, chat=True)
     encoded = Encoder.of(tokenizer, chat_template=True).encode(SENTENCE)
     assert encoded.tokens.count(tokenizer.bos_token_id) == 1
-    assert tokenizer.decode(encoded.tokens) == f"<s>[user] {SENTENCE}\n[assistant]\n"
+    assert decode(tokenizer, encoded.tokens) == f"<s>[user] {SENTENCE}\n[assistant]\n"
     positions = tokens_of(encoded, find_text(SENTENCE, "John", "x"), "x")
     assert tokenizer.decode([encoded.tokens[i] for i in positions]) == " John"
 
@@ -46,16 +45,14 @@ def test_chat_template_needs_one() -> None:
 
 def test_chat_template_that_changes_the_text_is_refused() -> None:
     tokenizer = byte_level(bos=True, chat=True)
-    shouting = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer.backend_tokenizer,
+    shouting = wrap(
+        tokenizer.backend_tokenizer,
         bos_token="<s>",
         chat_template="{{ messages[0]['content'] | upper }}",
     )
     with pytest.raises(UserError, match="the chat template changes the prompt's text"):
         Encoder.of(shouting, chat_template=True).encode(SENTENCE)
-    refusing = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer.backend_tokenizer, bos_token="<s>", chat_template="{{ raise_exception('no users') }}"
-    )
+    refusing = wrap(tokenizer.backend_tokenizer, bos_token="<s>", chat_template="{{ raise_exception('no users') }}")
     with pytest.raises(UserError, match="the chat template refuses it: no users"):
         Encoder.of(refusing, chat_template=True).encode(SENTENCE)
 
