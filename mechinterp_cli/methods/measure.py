@@ -27,7 +27,7 @@ def build_prompts(loaded: LoadedConfig, model: LoadedModel) -> PromptSet:
     Raises:
         UserError: The task cannot be built, or a metric needs what the prompts do not have.
     """
-    rows = model.model.get_input_embeddings().weight.shape[0]  # type: ignore[union-attr, index]
+    rows = model.model.get_input_embeddings().weight.shape[0]  # type: ignore[index]  # unannotated
     prompts = build(loaded.config.task, model.tokenizer, max_length=model.anatomy.max_length, vocab_size=int(rows))
     check_prompts([find_metric(name) for name in loaded.config.metrics], prompts.prompts)
     return prompts

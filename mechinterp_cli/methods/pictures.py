@@ -67,7 +67,7 @@ def heatmaps(
     for block in sorted({s.block for s in specs}):
         rows = summary[(summary["block"] == block) & (summary["metric"] == metric)]
         if one_template:
-            rows = rows.assign(template=pd.NA)
+            rows = rows.assign(template=pd.Series(pd.NA, index=rows.index, dtype=object))
         kind = next(s.kind for s in specs if s.block == block)
         named = HeatmapSpec(**{**vars(spec), "title": f"{kind}, {title}"})
         yield f"{block:02d}-{kind}-{metric}", build_heatmap(rows, named)
