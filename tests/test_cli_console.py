@@ -3,13 +3,14 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from mechinterp_cli.cli.console import Console
+from mechinterp_cli.runs.outcome import RunOutcome
 from mechinterp_cli.text import visible
 
 HOSTILE = "a\x1b[31mred\x1b]0;title\x07 [red]tok[/INST] \r\n\x9b2J \u202e \udc80 é"
@@ -189,8 +190,8 @@ def test_console_needs_nothing_heavy() -> None:
 def test_outcome_is_shown_whole(capfd: pytest.CaptureFixture[str]) -> None:
     from mechinterp_cli.cli.options import show_outcome
 
-    outcome = SimpleNamespace(path=Path("runs/x"), headline_rows=[{"layer": 3}], view="#\n##", notes=["few prompts"])
+    outcome = RunOutcome(Path("runs/x"), [{"layer": 3}], lambda width, plain: ["#", "##"], ["few prompts"])
     show_outcome(Console(), outcome)
-    captured = capfd.readouterr()
-    assert captured.out == "runs/x\n"
-    assert captured.err == "#\n##\nlayer\n    3\nfew prompts\n"
+    assert capfd.readouterr() == ("runs/x\n", "#\n##\nfew prompts\n")
+    show_outcome(Console(), replace(outcome, draw=None))
+    assert capfd.readouterr() == ("runs/x\n", "layer\n    3\nfew prompts\n")
