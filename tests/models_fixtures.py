@@ -1,8 +1,9 @@
-"""Fixtures that give loaded models. Import them into a test module, or register this file in conftest."""
+"""Loaded models as fixtures (import them into a test module, or register this file in conftest), and loading helpers."""
 
 import pytest
 
 from mechinterp_cli.config.model import ModelOptions
+from mechinterp_cli.errors import ExitCode, UserError
 from mechinterp_cli.models import zoo
 from mechinterp_cli.models.load import load_model
 from mechinterp_cli.models.loaded import LoadedModel
@@ -25,3 +26,16 @@ def smollm2() -> LoadedModel:
     """`smollm2-135m-instruct`, fetched first where it is not at hand."""
     zoo.fetch("smollm2-135m-instruct")
     return load_model(ModelOptions(id="smollm2-135m-instruct", device="cpu"))
+
+
+def options(model_id: object, **others: object) -> ModelOptions:
+    return ModelOptions.model_validate({"id": str(model_id), "device": "cpu", **others})
+
+
+def refused(chosen: ModelOptions) -> UserError:
+    with pytest.raises(UserError) as caught:
+        load_model(chosen)
+    assert caught.value.exit_code == ExitCode.USAGE
+    assert caught.value.cause
+    assert caught.value.remedy
+    return caught.value

@@ -14,11 +14,11 @@ from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 
 from mechinterp_cli.config.model import ModelOptions
-from mechinterp_cli.errors import ExitCode, UserError
+from mechinterp_cli.errors import UserError
 from mechinterp_cli.models.load import check_finite, find_device, load_model
 from mechinterp_cli.models.loaded import LoadedModel
 from tests.models_files import tiny_llama, write_folder, write_gguf
-from tests.models_fixtures import smollm2
+from tests.models_fixtures import options, refused, smollm2
 
 __all__ = ["smollm2"]
 
@@ -42,19 +42,6 @@ def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     return tmp_path / "hub"
-
-
-def options(model_id: object, **others: object) -> ModelOptions:
-    return ModelOptions.model_validate({"id": str(model_id), "device": "cpu", **others})
-
-
-def refused(chosen: ModelOptions) -> UserError:
-    with pytest.raises(UserError) as caught:
-        load_model(chosen)
-    assert caught.value.exit_code == ExitCode.USAGE
-    assert caught.value.cause
-    assert caught.value.remedy
-    return caught.value
 
 
 def test_a_folder_gives_the_model_that_was_saved(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -357,31 +344,6 @@ def test_not_fetched_names_the_command(tmp_path: Path, monkeypatch: pytest.Monke
     error = refused(options("smollm2-135m-instruct"))
     assert error.cause == f"model.id: smollm2-135m-instruct is not at hand (looked in {tmp_path / 'models'})"
     assert error.remedy == "Run: mechinterp models fetch smollm2-135m-instruct"
-
-
-def test_gguf_is_dequantised_into_ordinary_tensors(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    loaded = load_model(options(write_gguf(tmp_path / "tiny.gguf")))
-    assert (loaded.source.path, loaded.source.quantization) == ("gguf", "gguf, dequantised")
-    assert list(loaded.source.weight_files) == ["tiny.gguf"]
-    assert {type(weight) for weight in loaded.model.parameters()} == {torch.nn.Parameter}
-    assert capfd.readouterr() == ("", "")
-    loaded.model.save_pretrained(tmp_path / "saved")  # refused while transformers believes it quantised
-    loaded.tokenizer.save_pretrained(tmp_path / "saved")
-    again = load_model(options(tmp_path / "saved"))
-    tokens = torch.arange(6)[None]
-    with torch.no_grad():
-        assert torch.equal(again.model(tokens).logits, loaded.model(tokens).logits)
-
-
-def test_bad_gguf(tmp_path: Path) -> None:
-    (tmp_path / "not.gguf").write_bytes(b"nonsense" * 10)
-    assert "is not a GGUF file (it does not begin with GGUF)" in refused(options(tmp_path / "not.gguf")).cause
-    for kept in (0.01, 0.3, 0.9, 0.995):  # within the header, the tensors' list, the tensors
-        cut = write_gguf(tmp_path / f"cut{kept}.gguf")
-        os.truncate(cut, int(kept * cut.stat().st_size))
-        error = refused(options(cut))
-        assert f"{cut} cannot be read as GGUF: " in error.cause
-        assert error.__cause__ is not None
 
 
 def test_devices() -> None:
