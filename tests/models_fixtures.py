@@ -1,4 +1,4 @@
-"""Loaded models as fixtures (import them into a test module, or register this file in conftest), and loading helpers."""
+"""Models as fixtures (import them into a test module, or register this file in conftest), and loading helpers."""
 
 import pytest
 
