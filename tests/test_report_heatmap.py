@@ -148,6 +148,16 @@ def test_arrow_backed_frames_with_nulls() -> None:
     assert made.panels[0].columns[0] == "0 a"
 
 
+def test_nullable_frames_of_heads() -> None:
+    rows = [{"layer": layer, "head": head, "normalized": layer + head / 10} for layer in range(2) for head in range(3)]
+    nullable = (
+        frame(rows).astype({"layer": "Int32", "head": "Int32"}).assign(position=pd.array([None] * 6, dtype="Int32"))
+    )
+    made = build_heatmap(nullable, HeatmapSpec(title="t"))
+    np.testing.assert_array_equal(made.panels[0].values, [[0.0, 0.1, 0.2], [1.0, 1.1, 1.2]])
+    assert made.panels[0].columns == ("0", "1", "2")
+
+
 def size_of(png: bytes) -> tuple[int, int]:
     assert png[:8] == b"\x89PNG\r\n\x1a\n"
     width, height = struct.unpack(">II", png[16:24])

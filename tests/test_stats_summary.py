@@ -193,6 +193,17 @@ def test_families_are_corrected_apart() -> None:
     assert set(one.columns["family"]) == {"f"}
 
 
+def test_no_correction_leaves_the_adjusted_p_value_out() -> None:
+    values, base, other = spread()
+    plain, corrected = (
+        summary_of(observe(values, oks(values), base, other), base, other, correction=name)
+        for name in ("none", "max_t")
+    )
+    assert np.ma.getmaskarray(plain.columns["p_adjusted"]).all()
+    assert not np.ma.getmaskarray(corrected.columns["p_adjusted"]).any()
+    np.testing.assert_array_equal(plain.columns["p"], corrected.columns["p"])
+
+
 def test_few_clusters_are_said_and_their_range_shown() -> None:
     values, base, other = spread()
     few = summary_of(observe(values, oks(values), base, other), base, other, clusters=2)

@@ -18,7 +18,7 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from mechinterp_cli.config.base import BaseConfig, MethodOptions, TaskOptions
 from mechinterp_cli.config.model import ModelOptions
-from mechinterp_cli.config.types import Count, Flag, Fraction, Index, Number, Seed, Slug, Text
+from mechinterp_cli.config.types import Count, Flag, Fraction, Number, Seed, Slug, Text
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -109,8 +109,6 @@ class EngineOptions(BaseConfig):
     """Budget of a work unit: a share of free memory, a size such as `4GB`, or bytes."""
     rows_per_call: Count | None = None
     """Rows (trial x prompt x position) in one matrix product; null takes the device's default."""
-    prefix_threshold: Index | None = None
-    """Shared prefixes of at least this many tokens are attended once per prompt; null takes the default."""
     proof_trials: Count = 4
     """Trials of each kind that are computed by plain hooks too, as a proof."""
     on_nan: Literal["error", "record"] = "error"

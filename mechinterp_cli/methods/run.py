@@ -263,8 +263,8 @@ def _maps(
     options, source = prepared.bound.options, prepared.loaded.config
     direction = "causal tracing" if options.tracing else f"{options.direction}, source {options.source}"
     meaning = {
-        "denoise": "0: no effect, 1: the clean answer is fully restored",
-        "noise": "0: no effect, 1: the clean answer is fully broken",
+        "denoise": "0: no effect, 1: the clean answer is fully restored.",
+        "noise": "0: no effect, 1: the clean answer is fully broken.",
     }
     return pictures.heatmaps(
         summary,
@@ -275,7 +275,7 @@ def _maps(
         normalised=sweep.other is not None,
         title=f"{prepared.prompts.task}, {direction}",
         subtitle=f"{source.model.id}, {sweep.metrics[0]}, {len(prepared.prompts.prompts)} prompts",
-        normalization=meaning[options.direction] if sweep.other is not None else "change of the metric",
+        normalization=meaning[options.direction] if sweep.other is not None else "Change of the metric.",
     )
 
 

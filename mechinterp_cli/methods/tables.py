@@ -188,7 +188,7 @@ def summary_frame(sweep: Sweep, stats: StatsSection) -> pd.DataFrame:
         level=stats.ci,
         method="studentized" if stats.interval == "studentized" else "bca",
         flips=stats.flips,
-        correction=stats.correction,  # type: ignore[arg-type]  # "none" is not supported there: it acts as max_t
+        correction=stats.correction,
         q=stats.q,
         margin=stats.smallest_effect,
         seed=stats.seed,

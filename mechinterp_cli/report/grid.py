@@ -6,6 +6,7 @@ templates never share a panel.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -180,10 +181,9 @@ def _panel(
     values = np.full((len(layers), len(keys)), np.nan)
     status = np.full(values.shape, "absent", dtype=object)
     row_of, column_of = {layer: i for i, layer in enumerate(layers)}, {key: i for i, key in enumerate(keys)}
-    places = rows[column].tolist() if column else [""] * len(rows)
-    cells = zip(rows["layer"], places, rows[quantity], rows["status"], strict=True)
+    cells = zip(rows["layer"], _places(rows, column), rows[quantity], rows["status"], strict=True)
     for layer, place, value, state in cells:
-        at = (row_of[0 if pd.isna(layer) else int(layer)], column_of[_key(place)])
+        at = (row_of[0 if pd.isna(layer) else int(layer)], column_of[place])
         number = np.nan if pd.isna(value) else float(value)
         state = _cell_state(str(state), number)
         if (_STANDING[state], abs(number)) > (_STANDING[status[at]], abs(values[at])):
@@ -203,24 +203,31 @@ def _cell_state(state: str, number: float) -> str:
     return state
 
 
-def _key(place: object) -> object:
-    return "" if place is None or pd.isna(place) else int(place) if isinstance(place, (int, float)) else str(place)  # type: ignore[call-overload] # pandas' isna takes scalars
+def _places(rows: pd.DataFrame, column: str | None) -> list[int | str]:
+    """Where each row stands along the columns: a number, the name of a span, or `""` for "all of them"."""
+    return [_key(place) for place in rows[column]] if column else [""] * len(rows)
 
 
-def _column_keys(rows: pd.DataFrame, column: str | None) -> list[object]:
+def _key(place: Any) -> int | str:
+    if isinstance(place, str):
+        return place
+    return "" if pd.isna(place) else int(place)
+
+
+def _column_keys(rows: pd.DataFrame, column: str | None) -> list[int | str]:
     """Numbers ascending; spans in the order of the rows, which is that of the config."""
-    keys = list(dict.fromkeys(_key(place) for place in rows[column])) if column else [""]
-    numbers = sorted(key for key in keys if isinstance(key, int))
-    return [*numbers, *[key for key in keys if not isinstance(key, int)]]
+    keys = list(dict.fromkeys(_places(rows, column)))
+    ascending = sorted(key for key in keys if isinstance(key, int))
+    return [*ascending, *[key for key in keys if isinstance(key, str)]]
 
 
-def _labels(keys: Sequence[object], column: str | None, tokens: Sequence[str]) -> tuple[str, ...]:
+def _labels(keys: Sequence[int | str], column: str | None, tokens: Sequence[str]) -> tuple[str, ...]:
     if column == "position":
         return tuple(_position_label(key, tokens) for key in keys)
     return tuple(show_token(str(key)) if key != "" else "all" for key in keys)
 
 
-def _position_label(key: object, tokens: Sequence[str]) -> str:
+def _position_label(key: int | str, tokens: Sequence[str]) -> str:
     """The position's number makes the label distinct where a word is repeated."""
     if not isinstance(key, int):
         return "all"

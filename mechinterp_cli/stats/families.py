@@ -9,7 +9,7 @@ import numpy.typing as npt
 from mechinterp_cli.errors import UserError
 from mechinterp_cli.stats.observations import Floats
 
-Correction = Literal["max_t", "bh"]
+Correction = Literal["max_t", "bh", "none"]
 
 CHUNK_BYTES = 8 << 20
 """Size of one `[trials, flips]` array."""

@@ -140,7 +140,7 @@ def summarise(
     - `ci_low`, `ci_high` are of `normalized`, under aggregate `mean` of `effect`.
     - `cluster_low`, `cluster_high`: the same quantity within single clusters, smallest and largest.
     - `p`: two-sided sign-flip test that the effect is symmetric about 0; `p_adjusted` over the trial's family within
-      the group.
+      the group, null where no correction is asked for.
     - `status`: `trivial` (effect exactly 0, not tested and in no family), `undefined` (nothing to normalise by:
       null), `nan` (a prompt is NaN: so is the row, without interval or test), `ok`.
     - A trial that applies to no prompt of a group has no row there.
@@ -202,7 +202,7 @@ def _warnings(given: _Input, group: str, prompts: Integers) -> list[str]:
         few = f"{len(prompts)} prompts are fewer than {options.min_prompts}"
         found.append(f"group {group}: {few}; intervals and p-values are rough")
     if clusters < min(options.min_clusters, len(prompts)):
-        few = f"{clusters} clusters are fewer than {options.min_clusters}"
+        few = f"{clusters} {'cluster is' if clusters == 1 else 'clusters are'} fewer than {options.min_clusters}"
         found.append(f"group {group}: {few}; intervals and p-values are conditional on these templates")
     return found
 
@@ -326,6 +326,8 @@ def _put_tests(
         p, adjusted = max_t(sums[rows], flips)
         if options.correction == "bh":
             adjusted = benjamini_hochberg(p, q=options.q, resolution=flips.resolution)
+        elif options.correction == "none":
+            adjusted = np.full_like(p, np.nan)
         table.put(rows, p=p, p_adjusted=adjusted, p_method=f"{method}, {options.correction}", family=family)
 
 
