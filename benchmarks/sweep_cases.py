@@ -56,7 +56,11 @@ class Sweep:
         return Bucket.of({"clean": self.pairs.clean, "corrupt": self.pairs.corrupt})
 
     def work(self, *, skip: bool) -> Work:
-        """The trials that the engine computes; `skip` leaves out what causality says is as in the corrupt prompt."""
+        """The trials that the engine computes; `skip` leaves out what is known to be as in the corrupt prompt.
+
+        That is every position before the first difference, and at the first layer's input every position whose token
+        is the same.
+        """
         trials = (self.trial(index, skip=skip) for index in range(len(self.patches)))
         return Work(self.bucket, tuple(trial for trial in trials if trial.prompts))
 
@@ -65,8 +69,13 @@ class Sweep:
         patch, pairs = self.patches[index], self.pairs
         heads = self.case.kind == "z"
         asked = range(pairs.prefix, pairs.length) if heads else (patch.unit,)
-        first = pairs.first_difference if skip else (0,) * pairs.size
-        positions = tuple(tuple(p for p in asked if p >= start) for start in first)
+        positions = (tuple(asked),) * pairs.size
+        if skip and patch.layer == 0 and not heads:
+            positions = tuple(
+                tuple(p for p in asked if differs[p]) for differs in (pairs.clean != pairs.corrupt).tolist()
+            )
+        elif skip:
+            positions = tuple(tuple(p for p in asked if p >= start) for start in pairs.first_difference)
         units = (patch.unit,) if heads else None
         edit = Edit(Site(self.case.kind, patch.layer), "replace", positions, units=units, source="clean")
         return Trial(index, "corrupt", (edit,), tuple(i for i, chosen in enumerate(positions) if chosen))

@@ -62,15 +62,16 @@ NAMES: dict[str, Names] = {
 
 
 class Oracle:
-    """One family's tiny model with every site in reach.
+    """A model with every site in reach.
 
     Args:
         family: A key of `NAMES`.
+        model: A model of that family, with eager attention; a tiny random one where None.
     """
 
-    def __init__(self, family: str) -> None:
+    def __init__(self, family: str, model: Any = None) -> None:
         self.names = NAMES[family]
-        self.model: Any = build(family, attn_implementation="eager")
+        self.model: Any = build(family, attn_implementation="eager") if model is None else model
         self.config: Any = self.model.config
         self.layers: Any = self.model.get_submodule(self.names.layers)
         self._changes: Mapping[Place, Change] = {}

@@ -71,8 +71,8 @@ def test_a_small_run_writes_its_tables_and_its_values_are_equal(
     report = json.loads(out.read_text())
     cases = {case["key"]: case for case in report["cases"]}
     assert {k: (c["trials"], c["written"]["computed"], c["whole"]["computed"]) for k, c in cases.items()} == {
-        "a": (42, 15, 42),
-        "b": (42, 39, 42),
+        "a": (42, 11, 42),
+        "b": (42, 28, 42),
         "c": (12, 12, 12),
     }
     for case in cases.values():
@@ -157,14 +157,15 @@ def test_skipping_leaves_the_positions_from_the_first_difference_on(
     tokenizer: PreTrainedTokenizerFast, anatomy: Anatomy
 ) -> None:
     late, heads = sweep("a", tokenizer, anatomy), sweep("c", tokenizer, anatomy)
-    assert [t.start(0) for t in late.work(skip=True).trials] == list(range(9, LENGTH)) * LAYERS
+    assert [t.start(0) for t in late.work(skip=True).trials] == [9] + list(range(9, LENGTH)) * (LAYERS - 1)
     assert [t.start(0) for t in late.work(skip=False).trials] == list(range(LENGTH)) * LAYERS
     assert {t.edits[0].positions[0] for t in heads.work(skip=True).trials} == {tuple(range(9, LENGTH))}
     assert {t.edits[0].positions[0] for t in heads.work(skip=False).trials} == {tuple(range(LENGTH))}
     mixed = Pairs(late.pairs.clean, late.pairs.corrupt.clone(), late.pairs.answers, 0)
     mixed.corrupt[1] = ioi_pairs(tokenizer, 4, "early").corrupt[1]
     trials = Sweep(late.case, mixed, late.patches).work(skip=True).trials
-    assert [t.prompts for t in trials[:13]] == [(1,)] * 8 + [(0, 1, 2, 3)] * 5
+    assert [t.prompts for t in trials[:3]] == [(1,), (1,), (0, 2, 3)]
+    assert [t.prompts for t in trials[3:16]] == [(1,)] * 8 + [(0, 1, 2, 3)] * 5
 
 
 @pytest.mark.parametrize("case", ["a", "c"])

@@ -106,6 +106,21 @@ def test_being_stopped_is_recorded_and_passed_on(loaded: LoadedConfig, error: Ba
     assert Manifest.read(only_run()).status == "interrupted"
 
 
+def test_being_stopped_while_the_first_manifest_is_written_is_recorded(
+    loaded: LoadedConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.fsync
+
+    def stop(_: int) -> None:
+        monkeypatch.setattr(os, "fsync", real)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", stop)
+    with pytest.raises(KeyboardInterrupt), record(loaded):
+        pytest.fail("the block must not run")
+    assert Manifest.read(only_run()).status == "interrupted"
+
+
 def test_handlers_and_loggers_are_put_back(loaded: LoadedConfig) -> None:
     def state() -> list[object]:
         logger = logging.getLogger("mechinterp_cli")

@@ -60,11 +60,12 @@ def execute(
         check_writable(out if out is not None else Path(loaded.config.output.dir))
     from mechinterp_cli.methods import run
 
-    if dry_run:
-        console.data(run.dry_run(loaded))
-        return
-    with console.progress() as progress:
-        outcome = run.run_experiment(loaded, out=out, progress=progress)
+    with loaded.located():
+        if dry_run:
+            console.data(run.dry_run(loaded))
+            return
+        with console.progress() as progress:
+            outcome = run.run_experiment(loaded, out=out, progress=progress)
     show_outcome(console, outcome)
 
 

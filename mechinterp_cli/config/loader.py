@@ -1,8 +1,9 @@
 """From a YAML file and `--set` overrides to a checked experiment, with file and line in every error."""
 
+import contextlib
 import re
 import stat
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,14 @@ from pydantic import ValidationError
 
 from mechinterp_cli.config.base import MethodOptions
 from mechinterp_cli.config.jsonschema import experiment_schema
-from mechinterp_cli.config.problems import Problem, describe, key_text, nearest, problems_of
+from mechinterp_cli.config.problems import Problem, describe, key_text, nearest, origin_of, problems_of
 from mechinterp_cli.config.schema import ExperimentConfig
 from mechinterp_cli.config.yaml_reader import MAX_BYTES, Document, KeyPath, decode, parse
 from mechinterp_cli.config.yaml_writer import dump
 from mechinterp_cli.errors import UserError
 
 _STEP = re.compile(r"\.?([^.\[\]]+)|\[([0-9]+)\]")
+_LEADING_KEY = re.compile(r"[a-z_]+(?:\.[a-z_]+|\[[0-9]+\])*(?=:? )")
 _GENERAL_REMEDY = "`mechinterp schema` prints every key, its type and its default."
 
 
@@ -47,6 +49,21 @@ class LoadedConfig:
             The error, to be raised, with file, line and key path in front.
         """
         return describe([Problem(path, problem, remedy)], self.origins, str(self.path))
+
+    @contextlib.contextmanager
+    def located(self) -> Iterator[None]:
+        """Put file and line in front of an error whose cause begins with a key of this config.
+
+        Models, tasks and metrics know which key is at fault (`model.id: ...`), and not where it was written.
+        """
+        try:
+            yield
+        except UserError as error:
+            match = _LEADING_KEY.match(error.cause)
+            path = _override_path(match[0]) if match else ()
+            if path and _is_in(self.config.resolved(), path):
+                error.cause = f"{origin_of(path, self.origins, str(self.path))}: {error.cause}"
+            raise
 
     def resolved_yaml(self) -> str:
         """Write the config with every default as YAML that loads to the same config."""
@@ -145,6 +162,16 @@ def _has_place(parent: Any, step: str | int) -> bool:
     if isinstance(parent, list):
         return isinstance(step, int) and step < len(parent)
     return isinstance(parent, dict) and isinstance(step, str)
+
+
+def _is_in(value: Any, path: KeyPath) -> bool:
+    """Whether a path leads somewhere; a file that is called like a section (`patch.yaml`) is no key."""
+    try:
+        for step in path:
+            value = value[step]
+    except (KeyError, IndexError, TypeError):
+        return False
+    return True
 
 
 def _walk(value: Any, path: KeyPath, origin: str) -> Any:

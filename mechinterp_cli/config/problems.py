@@ -75,7 +75,7 @@ def describe(
     """
     order = {path: place for place, path in enumerate(origins)}
     ranked = sorted(problems, key=lambda problem: order.get(_known_part(problem.path, origins), 0))
-    lines = [f"{_origin(p.path, origins, name)}: {_with_key(p)}" for p in ranked[:_MAX_LISTED]]
+    lines = [f"{origin_of(p.path, origins, name)}: {_with_key(p)}" for p in ranked[:_MAX_LISTED]]
     if len(ranked) > _MAX_LISTED:
         lines.append(f"{name}: and {len(ranked) - _MAX_LISTED} more")
     several = len(ranked) > 1
@@ -94,7 +94,8 @@ def _known_part(path: KeyPath, origins: Mapping[KeyPath, str]) -> KeyPath:
     return path
 
 
-def _origin(path: KeyPath, origins: Mapping[KeyPath, str], name: str) -> str:
+def origin_of(path: KeyPath, origins: Mapping[KeyPath, str], name: str) -> str:
+    """Say where a key stands, or the innermost section above it that does; the file where none does."""
     known = _known_part(path, origins)
     return origins[known] if known else name
 
@@ -236,7 +237,8 @@ def _remedy(items: list[dict[str, Any]]) -> str:
     if "string_type" in kinds and not isinstance(value, str | dict | list | None):
         return "Put quotes around it; without them it is read as a number or a truth value."
     if "tuple_type" in kinds and isinstance(value, str | int | float):
-        return f"Write it as a list: [{value}]."
+        near = nearest(value, _choices(items)) if isinstance(value, str) else ""
+        return near or f"Write it as a list: [{value}]."
     if isinstance(value, str):
         if kinds & {"int_type", "float_type", "bool_type"} and value != value.strip("0123456789.-+e"):
             return "Write it without quotes." if not kinds & {"literal_error", "string_type"} else ""

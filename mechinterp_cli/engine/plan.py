@@ -13,9 +13,9 @@ from torch import nn
 
 from mechinterp_cli.engine.edits import Bucket, Trial
 from mechinterp_cli.engine.groups import admission
-from mechinterp_cli.engine.wavefront import LOGITS_BYTES
+from mechinterp_cli.engine.wavefront import logits_chunk
 from mechinterp_cli.errors import UserError
-from mechinterp_cli.models.anatomy import Anatomy
+from mechinterp_cli.models.anatomy import Anatomy, device_of
 
 CPU_ROWS_PER_CALL = 1024
 GPU_ROWS_PER_CALL = 16384
@@ -117,14 +117,17 @@ def itemsize(model: nn.Module) -> int:
     return next(model.parameters()).element_size()
 
 
-def fixed_bytes(model: nn.Module, anatomy: Anatomy, bucket: Bucket, rows_per_call: int) -> int:
+def fixed_bytes(model: nn.Module, anatomy: Anatomy, work: Work, rows_per_call: int) -> int:
     """Bytes that a unit takes whatever its number of trials: streams, one call's temporaries, logits."""
+    bucket = work.bucket
+    unembedded = bucket.size * bucket.read.shape[1] * max(1, len(work.trials))
+    logits = min(unembedded, logits_chunk(device_of(model), anatomy.vocab_size)) * anatomy.vocab_size * 4
     d, size = anatomy.d_model, itemsize(model)
     heads = next((layer.heads for layer in anatomy.layers if layer.heads), None)
     attention = heads.query * (heads.d_head * 3 + 3 * bucket.length) if heads else 3 * d
     d_mlp = max([layer.d_mlp for layer in anatomy.layers] + [4 * d])
     streams = len(bucket.tokens) * bucket.size * bucket.length * (6 * d + attention) * size
-    return streams + rows_per_call * (4 * d + 3 * d_mlp + attention) * max(size, 4) + 3 * LOGITS_BYTES
+    return streams + rows_per_call * (4 * d + 3 * d_mlp + attention) * max(size, 4) + 3 * logits
 
 
 def free_memory(device: torch.device) -> int:
@@ -154,7 +157,7 @@ def make_plan(
     """
     units: list[Unit] = []
     for index, work in enumerate(works):
-        left = budget - fixed_bytes(model, anatomy, work.bucket, rows_per_call)
+        left = budget - fixed_bytes(model, anatomy, work, rows_per_call)
         per_row = 3 * anatomy.d_model * itemsize(model)
         most = min(ROWS_PER_UNIT, left // per_row)
         current: list[int] = []
@@ -165,7 +168,7 @@ def make_plan(
             if n * per_row > left:
                 raise UserError(
                     f"engine.max_memory: one trial on {work.bucket.size} prompts of {work.bucket.length} tokens needs "
-                    f"{(budget - left + n * per_row) / 2**20:.0f} MiB, {budget / 2**20:.0f} MiB are allowed",
+                    f"{(budget - left + n * per_row) / 2**20:.1f} MiB, {budget / 2**20:.1f} MiB are allowed",
                     "Raise engine.max_memory or lower task.n.",
                 )
             if current and rows + n > most:

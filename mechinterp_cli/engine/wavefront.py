@@ -33,8 +33,9 @@ Measure = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(logits [n, vocab], prompt [n], read [n]) to metrics [n, metrics]."""
 
 LAYER_ENDS = frozenset({"embed", "resid_pre", "resid_post"})
-LOGITS_BYTES = 2**27
-"""Unembedding goes in chunks of at most this many bytes of logits."""
+CPU_LOGITS_BYTES = 3 * 2**23
+"""Below the 32 MiB from which on glibc gives memory back to the system at once, only to be asked for it again."""
+GPU_LOGITS_BYTES = 2**27
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,11 @@ def check_finite(hidden: Tensor, layer: int, what: str) -> None:
             f"layer {layer} gives NaN or infinity in {what}",
             "Try model.dtype: float32, or engine.on_nan: record to keep going and mark the rows.",
         )
+
+
+def logits_chunk(device: torch.device, vocab_size: int) -> int:
+    """Rows that are unembedded at once."""
+    return max(1, (CPU_LOGITS_BYTES if device.type == "cpu" else GPU_LOGITS_BYTES) // (vocab_size * 4))
 
 
 class Wavefront:
@@ -313,7 +319,7 @@ class Wavefront:
         flat = final.reshape(items * reads, -1)
         prompt = prompts.repeat_interleave(reads)
         read = torch.arange(reads, device=self.device).repeat(items)
-        chunk = max(1, LOGITS_BYTES // (self.anatomy.vocab_size * 4))
+        chunk = logits_chunk(self.device, self.anatomy.vocab_size)
         parts = [
             measure(self.walker.unembed(flat[i : i + chunk]), prompt[i : i + chunk], read[i : i + chunk]).double()
             for i in range(0, len(flat), chunk)

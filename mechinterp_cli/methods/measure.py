@@ -69,9 +69,11 @@ def keep_correct(prompts: PromptSet, logits: Tensor, *, top: bool) -> tuple[Prom
     """
     wrong = [i for i, prompt in enumerate(prompts.prompts) if not _correct(prompt, logits[i], top=top)]
     if len(wrong) == len(prompts.prompts):
-        raise UserError(
-            f"task.keep: the model gets none of the {len(wrong)} prompts right", "Use keep: all, or another model."
-        )
+        if top:
+            problem = f"patch.tracing: the answer is the model's first choice on none of the {len(wrong)} prompts"
+            raise UserError(problem, "Use other prompts, or another model.")
+        problem = f"task.keep: the model gets none of the {len(wrong)} prompts right"
+        raise UserError(problem, "Use keep: all, or another model.")
     left = [i for i in range(len(prompts.prompts)) if i not in set(wrong)]
     reason = "the model's first token is not the answer" if top else "the model prefers the wrong answer"
     return drop(prompts, wrong, reason), logits[left]

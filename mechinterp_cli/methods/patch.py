@@ -83,10 +83,12 @@ class BoundPatch:
 
     options: PatchOptions
     specs: tuple[TrialSpec, ...]
-    differs_from: tuple[int, ...]
-    """For every prompt the first position at which the two streams differ (its length where they do not)."""
-    exact_zero: bool
-    """Whether causality makes paired trials before that position exactly ineffective."""
+    differs: tuple[frozenset[int], ...]
+    """For every prompt the positions at which the two streams' embeddings differ."""
+    causal: bool
+    """Whether paired trials before the first of these are known to do nothing."""
+    embeds_alone: bool
+    """Whether paired trials on what enters layer 0 are known to do nothing anywhere else."""
 
     @property
     def base_stream(self) -> str:
@@ -101,14 +103,19 @@ class BoundPatch:
     @property
     def has_corrupt(self) -> bool:
         """Whether there is a corrupted stream to normalise by."""
-        return self.differs_from != ()
+        return self.differs != ()
 
     def positions(self, spec: TrialSpec, prompt: int) -> tuple[int, ...] | None:
-        """Positions that are really edited: none before the streams differ, None where the trial is absent."""
+        """Positions that are really edited: none where the streams cannot differ, None where the trial is absent."""
         positions = spec.place.positions[prompt]
-        if positions is None or not self.exact_zero:
+        if positions is None or self.options.source != "pair":
             return positions
-        return tuple(p for p in positions if p >= self.differs_from[prompt])
+        differs = self.differs[prompt]
+        if self.embeds_alone and spec.enters_first_layer:
+            return tuple(p for p in positions if p in differs)
+        if not differs:
+            return ()
+        return tuple(p for p in positions if p >= min(differs)) if self.causal else positions
 
     def operation(self) -> str:
         """The edit's name in the trials table."""
@@ -153,22 +160,22 @@ def bind(loaded: LoadedConfig, options: PatchOptions, anatomy: Anatomy, prompts:
     Raises:
         UserError: Something is not there, or options contradict each other; names file, line and key.
     """
-    differs = _first_differences(loaded, options, prompts)
+    differs = _differences(loaded, options, prompts)
     specs = Binder(loaded, "patch", anatomy, prompts).expand(options.sites)
     if options.source == "mean" and any(spec.keys is not None for spec in specs):
         raise loaded.error(("patch", "source"), "mean of chosen keys is not defined", "Leave out keys.")
     if not specs:
         raise loaded.error(("patch", "sites"), "there is no trial", "Name at least one site.")
-    return BoundPatch(options, tuple(specs), differs, options.source == "pair" and anatomy.causal)
+    return BoundPatch(options, tuple(specs), differs, anatomy.causal, anatomy.embeds_alone)
 
 
-def _first_differences(loaded: LoadedConfig, options: PatchOptions, prompts: PromptSet) -> tuple[int, ...]:
+def _differences(loaded: LoadedConfig, options: PatchOptions, prompts: PromptSet) -> tuple[frozenset[int], ...]:
     if options.tracing is not None:
         if options.direction != "denoise" or options.source != "pair":
             problem = "causal tracing restores clean activations: direction denoise, source pair"
             raise loaded.error(("patch", "tracing"), problem, "Leave out direction and source.")
         try:
-            return tuple(min(span) for span in resolve_span(prompts, options.tracing.span))
+            return tuple(frozenset(span) for span in resolve_span(prompts, options.tracing.span))
         except UserError as error:
             raise loaded.error(("patch", "tracing", "span"), error.cause, error.remedy) from error
     if any(p.corrupt_tokens is None for p in prompts.prompts):
@@ -178,11 +185,11 @@ def _first_differences(loaded: LoadedConfig, options: PatchOptions, prompts: Pro
             remedy = "Give every prompt a `corrupt`, or use direction: noise with source: other, mean or zero."
             raise loaded.error(("patch",), problem, remedy)
         return ()
-    return tuple(_first_difference(p.clean_tokens, p.corrupt_tokens or ()) for p in prompts.prompts)
+    return tuple(_different(p.clean_tokens, p.corrupt_tokens or ()) for p in prompts.prompts)
 
 
-def _first_difference(a: Sequence[int], b: Sequence[int]) -> int:
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), len(a))
+def _different(a: Sequence[int], b: Sequence[int]) -> frozenset[int]:
+    return frozenset(i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y)
 
 
 def make_bucket(bound: BoundPatch, prompts: PromptSet, members: Sequence[int], spread: float, d_model: int) -> Bucket:

@@ -30,9 +30,11 @@ Kind = Literal[
     "pattern",
     "neuron",
 ]
-Units = Literal["each", "all"] | Annotated[tuple[Index | tuple[Index, ...], ...], Field(min_length=1)]
 Spot = Index | Text
-Positions = Literal["each", "all", "last"] | Annotated[tuple[Spot | tuple[Spot, ...], ...], Field(min_length=1)]
+UnitGroup = Annotated[tuple[Index, ...], Field(min_length=1)]
+SpotGroup = Annotated[tuple[Spot, ...], Field(min_length=1)]
+Units = Literal["each", "all"] | Annotated[tuple[Index | UnitGroup, ...], Field(min_length=1)]
+Positions = Literal["each", "all", "last"] | Annotated[tuple[Spot | SpotGroup, ...], Field(min_length=1)]
 KeyPath = tuple[int | str, ...]
 
 
@@ -104,6 +106,11 @@ class TrialSpec:
     def neuron(self) -> int | None:
         """The neuron it is reported under."""
         return self.unit if self.kind in NEURON_KINDS else None
+
+    @property
+    def enters_first_layer(self) -> bool:
+        """Whether it edits nothing but what enters layer 0."""
+        return self.kind in ("embed", "resid_pre") and self.layers == (0,)
 
     @property
     def label(self) -> str:

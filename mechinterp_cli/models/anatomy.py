@@ -79,6 +79,8 @@ class Anatomy:
     """Whether each layer's output is the next layer's input, so that layers can be run one by one."""
     causal: bool
     """Whether a later token leaves every earlier logit as it was."""
+    embeds_alone: bool
+    """Whether what enters layer 0 at a position depends on that position and its token alone."""
     attn_implementation: str
 
     @property
@@ -122,6 +124,7 @@ def find_anatomy(model: nn.Module, overrides: Mapping[str, str] | None = None) -
         tuple_sizes=tuple(layer.tuple_size for layer in recording.layers),
         chained=chained,
         causal=recording.causal,
+        embeds_alone=recording.embeds_alone,
         attn_implementation=str(getattr(config, "_attn_implementation", "") or ""),
     )
 

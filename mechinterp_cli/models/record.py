@@ -68,6 +68,7 @@ class Recording:
     layers: tuple[LayerRecord, ...]
     logits: Tensor
     causal: bool
+    embeds_alone: bool
 
 
 @contextmanager
@@ -156,13 +157,37 @@ def record(model: nn.Module, names: list[str], tokens: Tensor) -> Recording:
             stack.enter_context(hooked(_watch(model, index, name, layers)))
         stack.enter_context(intercepted(model, _interface_recorder(model, names, layers)))
         logits = forward(model, tokens)
-    return Recording(tuple(layers[i] for i in range(len(names))), logits, is_causal(model, tokens, logits))
+    return Recording(
+        layers=tuple(layers[i] for i in range(len(names))),
+        logits=logits,
+        causal=is_causal(model, tokens, logits),
+        embeds_alone=is_embedded_alone(model, names[0], tokens, layers[0].pre),
+    )
+
+
+def is_embedded_alone(model: nn.Module, first: str, tokens: Tensor, entering: Tensor) -> bool:
+    """Whether changing one token leaves what enters the layer `first` bit-identical at all other positions."""
+    middle = tokens.shape[1] // 2
+    seen: list[Tensor] = []
+
+    def note(_module: nn.Module, args: Any, kwargs: Any) -> None:
+        seen.append(_flat(LayerCall.of(args, kwargs).hidden))
+
+    with hooked([model.get_submodule(first).register_forward_pre_hook(note, with_kwargs=True)]):
+        forward(model, _with_other_token(tokens, middle))
+    others = torch.arange(tokens.numel()) % tokens.shape[1] != middle
+    return torch.equal(seen[0][others], entering[others])
+
+
+def _with_other_token(tokens: Tensor, position: int) -> Tensor:
+    changed = tokens.clone()
+    changed[:, position] = torch.where(tokens[:, position] == tokens[:, 0], tokens[:, 1], tokens[:, 0])
+    return changed
 
 
 def is_causal(model: nn.Module, tokens: Tensor, logits: Tensor) -> bool:
     """Whether changing the last token leaves all earlier logits as they were."""
-    changed = tokens.clone()
-    changed[:, -1] = torch.where(tokens[:, -1] == tokens[:, 0], tokens[:, 1], tokens[:, 0])
+    changed = _with_other_token(tokens, -1)
     difference = (forward(model, changed)[:, :-1] - logits[:, :-1]).abs().max()
     return bool(difference <= CAUSAL_TOLERANCE * logits.abs().max())
 

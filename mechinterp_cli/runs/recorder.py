@@ -155,22 +155,20 @@ def record(
     root = out if out is not None else Path(config.output.dir)
     check_writable(root)
     with stop_requests():
+        # All that takes time comes before the directory is made: from then on, whatever stops the run is recorded.
+        manifest = _first_manifest(loaded, sys.argv if command is None else command)
         directory = RunDirectory.create(root, config.method_name, config.name)
-        recorder = RunRecorder(
-            directory, _first_manifest(loaded, sys.argv if command is None else command), config.output.formats
-        )
-        recorder.save()
-        with (
-            _ending_recorded(recorder),
-            logging_to(directory.path / "log.jsonl", recorder.keep_warning) as log,
-        ):
-            recorder.write_file("config.yaml", loaded.source)
-            recorder.write_file("config.resolved.yaml", loaded.resolved_yaml().encode())
-            _LOG.info("run %s", directory.path.name)
-            with _logged():
-                yield recorder
-            if log.failure is not None:
-                raise RunError(f"{log.path}: cannot be written: {log.failure.strerror}", "Free space there.")
+        recorder = RunRecorder(directory, manifest, config.output.formats)
+        with _ending_recorded(recorder):
+            recorder.save()
+            with logging_to(directory.path / "log.jsonl", recorder.keep_warning) as log:
+                recorder.write_file("config.yaml", loaded.source)
+                recorder.write_file("config.resolved.yaml", loaded.resolved_yaml().encode())
+                _LOG.info("run %s", directory.path.name)
+                with _logged():
+                    yield recorder
+                if log.failure is not None:
+                    raise RunError(f"{log.path}: cannot be written: {log.failure.strerror}", "Free space there.")
 
 
 def _first_manifest(loaded: LoadedConfig, command: Sequence[str]) -> Manifest:
