@@ -1,0 +1,274 @@
+"""Every shipped config runs, and every config and command that the documents show is a good one."""
+
+import json
+import re
+import shlex
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+import mechinterp_cli.cli.patch as patch_command
+from mechinterp_cli.cli.main import main
+from mechinterp_cli.cli.registry import register_all
+from mechinterp_cli.config.loader import LoadedConfig, load_config
+from mechinterp_cli.models import zoo
+from mechinterp_cli.runs.atomic import file_info
+from mechinterp_cli.runs.manifest import Manifest
+
+ROOT = Path(__file__).parent.parent
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS += [ROOT / "benchmarks" / "README.md", ROOT / "runs" / "README.md"]
+QUICK = ["--set", "stats.bootstrap=100", "--set", "stats.flips=99"]
+TABLES = {"prompts.parquet", "trials.parquet", "baselines.parquet", "results.parquet", "summary.parquet"}
+PNG = b"\x89PNG\r\n\x1a\n"
+
+Main = Callable[..., str]
+
+
+def by_name(path: Path) -> str:
+    return path.stem
+
+
+def load(path: Path, *overrides: str) -> LoadedConfig:
+    """Load a config for the subcommand that its file is named after."""
+    register_all()
+    return load_config(path, overrides, method=path.stem.split("-")[0])
+
+
+@pytest.fixture(scope="module")
+def fetched() -> None:
+    """The real model is at hand; fetched where it is not."""
+    zoo.fetch("smollm2-135m-instruct")
+
+
+@pytest.fixture
+def run(capfd: pytest.CaptureFixture[str]) -> Main:
+    """Runs a command that must succeed; gives its stdout."""
+
+    def run(*arguments: object) -> str:
+        assert main([str(argument) for argument in arguments]) == 0
+        return capfd.readouterr().out
+
+    return run
+
+
+def run_patch(run: Main, path: Path, out: Path, *arguments: str) -> Path:
+    return Path(run("patch", path, "--out", out, "--quiet", *QUICK, *arguments).removesuffix("\n"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=by_name)
+def test_config_loads(path: Path) -> None:
+    loaded = load(path)
+    assert path.stem == f"{loaded.config.method_name}-{loaded.config.name}"
+    assert loaded.config.output.dir == "runs"
+
+
+@pytest.mark.usefixtures("fetched")
+@pytest.mark.parametrize("path", CONFIGS, ids=by_name)
+def test_config_has_a_plan(path: Path, run: Main) -> None:
+    plan = json.loads(run("patch", path, "--dry-run"))
+    assert plan["trials"] > 0
+    assert plan["computed"] > 0
+    assert plan["units"] > 0
+    assert plan["prompts"] == load(path).config.resolved()["task"]["n"]
+
+
+def check_files(folder: Path, source: Path, blocks: int) -> Manifest:
+    """A complete run directory: what the README names, whole, as the manifest says; a picture per site block."""
+    manifest = Manifest.read(folder)
+    assert (manifest.status, manifest.error) == ("complete", None)
+    assert manifest.units_done == manifest.units_total
+    files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    pictures = {name for name in files if name.startswith("figures/")}
+    written = {"config.yaml", "config.resolved.yaml", "log.jsonl", "results.csv", "summary.csv"} | TABLES
+    assert files - pictures == written | {"manifest.json"}
+    assert set(manifest.outputs) == written | pictures
+    assert all(file_info(folder / name, info.rows) == info for name, info in manifest.outputs.items())
+    assert len(pictures) == blocks
+    assert all((folder / name).read_bytes().startswith(PNG) for name in pictures)
+    assert all(pq.read_metadata(folder / name).num_rows > 0 for name in TABLES)
+    assert (folder / "config.yaml").read_bytes() == source.read_bytes()
+    for line in (folder / "log.jsonl").read_text().splitlines():
+        assert {"time", "level", "message"} <= json.loads(line).keys()
+    return manifest
+
+
+def test_the_toy_config_leaves_a_whole_run_directory_and_runs_again_from_it(tmp_path: Path, run: Main) -> None:
+    source = ROOT / "configs" / "patch-induction-toy.yaml"
+    first = run_patch(run, source, tmp_path / "runs")
+    manifest = check_files(first, source, blocks=2)
+    assert manifest.config == load(source, *QUICK[1::2]).config.resolved()
+    readme = (ROOT / "README.md").read_text()
+    named = {name for name in manifest.outputs if not name.endswith((".png", ".csv"))}
+    assert {name for name in named if f"`{name}`" not in readme} == set()
+
+    second = run_patch(run, first / "config.resolved.yaml", tmp_path / "again")
+    again = check_files(second, first / "config.resolved.yaml", blocks=2)
+    assert again.config_sha256 == manifest.config_sha256
+    for name in (*TABLES, "results.csv", "summary.csv"):
+        assert again.outputs[name].sha256 == manifest.outputs[name].sha256, name
+
+    other = run_patch(run, first / "config.resolved.yaml", tmp_path / "other", "--set", "task.seed=1")
+    assert Manifest.read(other).outputs["results.parquet"].sha256 != manifest.outputs["results.parquet"].sha256
+
+
+@pytest.mark.usefixtures("fetched")
+@pytest.mark.parametrize(
+    ("name", "blocks", "overrides"),
+    [
+        ("patch-ioi", 1, ["task.n=3"]),
+        ("patch-ioi-heads", 1, ["task.n=2"]),
+        ("patch-facts-tracing", 3, ["task.n=3", "patch.tracing.draws=2"]),
+    ],
+)
+def test_the_configs_of_the_real_model_run(
+    tmp_path: Path, run: Main, name: str, blocks: int, overrides: list[str]
+) -> None:
+    source = ROOT / "configs" / f"{name}.yaml"
+    arguments = [part for override in overrides for part in ("--set", override)]
+    manifest = check_files(run_patch(run, source, tmp_path / "runs", *arguments), source, blocks)
+    assert manifest.overrides[2:] == overrides
+    assert manifest.model["id"] == "smollm2-135m-instruct"
+    assert manifest.engine["proof"]["executor"] == "packed"
+
+
+def test_every_config_is_run_here_and_listed_in_the_readme() -> None:
+    readme = (ROOT / "README.md").read_text()
+    assert {path.stem for path in CONFIGS} == {
+        "patch-facts-tracing", "patch-induction-toy", "patch-ioi", "patch-ioi-heads",
+    }  # fmt: skip
+    assert all(f"(configs/{path.name})" in readme for path in CONFIGS)
+
+
+# --- the documents
+
+
+def code_blocks(text: str) -> Iterator[str]:
+    """The fenced and the indented code blocks of a Markdown text."""
+    fence = re.compile(r"^( *)(```+|~~~+)[^\n]*\n(.*?)^\1\2", re.MULTILINE | re.DOTALL)
+    for match in fence.finditer(text):
+        yield re.sub(f"^{match[1]}", "", match[3], flags=re.MULTILINE)
+    for match in re.finditer(r"(?:(?<=\n\n)|\A)(?:(?: {4}[^\n]*)?\n)+", fence.sub("\n", text)):
+        if match[0].strip():
+            yield re.sub(r"^ {4}", "", match[0], flags=re.MULTILINE)
+
+
+def experiments(text: str) -> Iterator[str]:
+    """The code blocks that are whole experiments: they have a model and a task."""
+    for block in code_blocks(text):
+        try:
+            found: Any = yaml.safe_load(block)
+        except yaml.YAMLError:
+            continue
+        if isinstance(found, dict) and {"model", "task"} <= found.keys():
+            yield block
+
+
+def commands(text: str) -> Iterator[list[str]]:
+    """The arguments of every `mechinterp ...` line in a text's code blocks."""
+    for block in code_blocks(text):
+        for line in block.replace("\\\n", " ").splitlines():
+            match = re.search(r"(?:^|[\s/(])mechinterp( [^)]*)", line)
+            if match:
+                yield shlex.split(match[1], comments=True)
+
+
+SAMPLE = """
+# A document
+
+    mechinterp patch a.yaml --set task.n=8   # a comment
+    python -m mechinterp_cli.models.toy
+
+Words: `mechinterp patch CONFIG`.
+
+```yaml
+name: x
+model: {id: toy-induction}
+task: {name: induction}
+patch: {sites: [{kind: z}]}
+```
+
+1. In a list:
+
+   ```sh
+   RUN=$(.venv/bin/mechinterp patch b.yaml \\
+     --out "my runs")
+   ```
+
+```yaml
+task: {name: ioi}
+```
+"""
+
+
+def test_documents_are_read_as_they_are_meant() -> None:
+    assert list(commands(SAMPLE)) == [
+        ["patch", "b.yaml", "--out", "my runs"],
+        ["patch", "a.yaml", "--set", "task.n=8"],
+    ]
+    assert [yaml.safe_load(text)["name"] for text in experiments(SAMPLE)] == ["x"]
+    assert [block.strip() for block in code_blocks("    a\n\n    b\n\nc\n")] == ["a\n\nb"]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_experiments_in_documents_load(document: Path, tmp_path: Path) -> None:
+    register_all()
+    for number, text in enumerate(experiments(document.read_text())):
+        path = tmp_path / f"{number}.yaml"
+        path.write_text(text)
+        load_config(path)
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Commands are parsed and their configs loaded, and nothing is run or fetched; gives what they asked for."""
+    seen: list[str] = []
+
+    def execute(method: str, config: Path, overrides: list[str] | None, *_: object) -> None:
+        register_all()
+        load_config(ROOT / config, overrides or (), method=method)
+        seen.append(config.name)
+
+    def fetch(name: str, *_: object) -> zoo.ZooStatus:
+        entry = zoo.find_entry(name)
+        assert entry is not None
+        seen.append(name)
+        return zoo.ZooStatus(entry, at_hand=True, folder=None)
+
+    monkeypatch.setattr(patch_command, "execute", execute)
+    monkeypatch.setattr(zoo, "fetch", fetch)
+    return seen
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_commands_in_documents_parse(document: Path, asked: list[str]) -> None:
+    found = list(commands(document.read_text()))
+    for arguments in found:
+        assert main(arguments) == 0, arguments
+    assert len(asked) == sum(arguments[0] == "patch" or "fetch" in arguments for arguments in found)
+    assert document.name != "README.md" or document.parent != ROOT or "patch-ioi.yaml" in asked
+
+
+@pytest.mark.usefixtures("asked")
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["patch", "configs/none.yaml"],
+        ["patch", "configs/patch-ioi.yaml", "--sett", "task.n=8"],
+        ["patch", "configs/patch-ioi.yaml", "--set", "task.m=8"],
+        ["pach", "configs/patch-ioi.yaml"],
+    ],
+)
+def test_commands_that_do_not_parse_are_told_from_those_that_do(arguments: list[str]) -> None:
+    assert main(arguments) == 2
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_in_documents_lead_somewhere(document: Path) -> None:
+    links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", document.read_text())
+    assert [link for link in links if not (document.parent / link).exists()] == []
