@@ -179,6 +179,19 @@ def test_the_longest_prompts_of_the_plan_are_taken(monkeypatch: pytest.MonkeyPat
     assert (found.executor, found.length) == ("resume", WINDOW + 4)
 
 
+def test_a_kind_that_only_shorter_prompts_have_is_proved_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build("llama")
+    anatomy = find_anatomy(model)
+    works = [work_of(anatomy, LENGTH, kinds=("resid_pre",)), work_of(anatomy, LENGTH - 2, kinds=("resid_pre", "z"))]
+    found = prove(model, anatomy, works)
+    assert (found.executor, found.length) == ("packed", LENGTH)
+    assert {"resid_pre:replace", "z:replace"} <= found.by_kind.keys()
+    forget_the_edits_of_one_kind(monkeypatch)
+    refused = prove(model, anatomy, works)
+    assert refused.executor == "hooks"
+    assert all("z:replace deviates" in reason for reason in refused.rejected.values())
+
+
 def not_causal_llama() -> PreTrainedModel:
     model: Any = build("llama")
     for layer in model.model.layers:
@@ -347,3 +360,17 @@ def test_an_unknown_implementation_is_left_alone() -> None:
         assert model.config._attn_implementation == "eager"
     assert model.config._attn_implementation == "sdpa"
     assert execute.EXECUTORS == ("packed", "resume", "hooks")
+
+
+def test_an_implementation_that_breaks_the_model_is_no_reason_to_refuse_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    model: Any = build("llama")
+    real = proof.native_logits
+
+    def forward(model: Any, *rest: Any) -> Tensor:
+        if model.config._attn_implementation != "sdpa":
+            raise RuntimeError("not with this implementation")
+        return real(model, *rest)
+
+    monkeypatch.setattr(proof, "native_logits", forward)
+    assert proved(model).executor == "packed"
+    assert model.config._attn_implementation == "sdpa"

@@ -2,13 +2,13 @@
 
 Native logits are recorded before anything is swapped in. Every executor must give them back, and must
 agree with plain hooks on a handful of trials of each kind that the plan uses, taken on the plan's longest
-prompts with its earliest and latest starts (a short prompt proves nothing about a sliding window).
+prompts that have them with its earliest and latest starts (a short prompt proves nothing about a sliding window).
 Identity edits must give back the stream, replacing everything must give the other stream, and an edit
 that must change the logits must change them.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
@@ -63,6 +63,14 @@ class Proof:
     """Half precision with experts: trials beyond the tolerance because an expert choice flipped."""
 
 
+@dataclass(frozen=True)
+class Case:
+    """Some prompts of a bucket and the trials that are compared on them; the checks come first."""
+
+    bucket: Bucket
+    trials: list[Trial]
+
+
 def logits_measure(logits: Tensor, _prompt: Tensor, _read: Tensor) -> Tensor:
     """The logits themselves, as if each were a metric."""
     return logits
@@ -91,18 +99,14 @@ def prove(
         ProofError: None could; says what each one's failure was.
     """
     settings = settings or Settings()
-    work = longest(works)
-    samples = sample(work.trials, per_kind)
-    prompts = touched_prompts(samples, work.bucket.size)
-    bucket = pick(work.bucket, prompts)
-    trials = checks(bucket, anatomy) + [crop(trial, prompts, i) for i, trial in enumerate(samples)]
+    cases = cases_of(works, anatomy, per_kind)
     rejected: dict[str, str] = {}
     with torch.no_grad():
-        noise, scale = implementation_noise(model, bucket)
+        noise, scale = implementation_noise(model, cases[0].bucket)
         for name in EXECUTORS if executor == "auto" else (executor,):
             reason = unfit(name, anatomy)
             if reason is None:
-                outcome = _try(name, model, anatomy, bucket, trials, settings, noise)
+                outcome = _try(name, model, anatomy, cases, settings, noise)
                 if isinstance(outcome, Proof):
                     return replace(outcome, noise=noise, scale=scale, rejected=rejected)
                 reason = outcome
@@ -127,9 +131,21 @@ def unfit(name: str, anatomy: Anatomy) -> str | None:
     return None
 
 
-def longest(works: Sequence[Work]) -> Work:
-    """The bucket with the longest prompts, one that has trials if any has."""
-    return max(works, key=lambda w: (bool(w.trials), w.bucket.length))
+def cases_of(works: Sequence[Work], anatomy: Anatomy, per_kind: int) -> list[Case]:
+    """The longest prompts that have trials; then the longest of those that have a kind of trial not seen so far."""
+    seen: set[str] = set()
+    cases: list[Case] = []
+    for work in sorted(works, key=lambda w: (bool(w.trials), w.bucket.length), reverse=True):
+        unseen = [trial for trial in work.trials if kinds_of(trial) not in seen]
+        if cases and not unseen:
+            continue
+        seen |= {kinds_of(trial) for trial in unseen}
+        samples = sample(unseen, per_kind)
+        prompts = touched_prompts(samples, work.bucket.size)
+        bucket = pick(work.bucket, prompts)
+        cropped = [crop(trial, prompts, i) for i, trial in enumerate(samples)]
+        cases.append(Case(bucket, checks(bucket, anatomy) + cropped))
+    return cases
 
 
 def touched_prompts(trials: Sequence[Trial], size: int) -> list[int]:
@@ -225,8 +241,7 @@ def _try(
     name: str,
     model: nn.Module,
     anatomy: Anatomy,
-    bucket: Bucket,
-    trials: Sequence[Trial],
+    cases: Sequence[Case],
     settings: Settings,
     noise: float,
 ) -> Proof | str:
@@ -237,7 +252,7 @@ def _try(
     dtype = next(model.parameters()).dtype
     try:
         with in_float32(model) as wide:
-            found = _compare(executor, oracle, model, bucket, trials)
+            found = _compare_all(executor, oracle, model, cases)
             tolerance = FLOAT32_TOLERANCE if wide else NOISE_FACTOR * noise
             if isinstance(found, str):
                 return found
@@ -245,7 +260,7 @@ def _try(
                 return f"{found.where} deviates by {found.worst:.1e} of the logits' scale, {tolerance:.0e} are allowed"
         narrow, flips = None, 0
         if wide and dtype != torch.float32:
-            half = _compare(executor, oracle, model, bucket, trials)
+            half = _compare_all(executor, oracle, model, cases)
             if isinstance(half, str):
                 return half
             narrow, limit = half.worst, NOISE_FACTOR * noise
@@ -256,7 +271,19 @@ def _try(
         return error.cause
     except BROKEN as error:
         return f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
-    return Proof(name, found.worst, tolerance, 0.0, noise, narrow, found.by_kind, len(trials), bucket.length, {}, flips)
+    return Proof(
+        name,
+        found.worst,
+        tolerance,
+        0.0,
+        noise,
+        narrow,
+        found.by_kind,
+        len(found.by_trial),
+        cases[0].bucket.length,
+        {},
+        flips,
+    )
 
 
 @dataclass(frozen=True)
@@ -267,10 +294,24 @@ class _Comparison:
     by_trial: list[float]
 
 
-def _compare(
-    executor: Executor, oracle: Executor, model: nn.Module, bucket: Bucket, trials: Sequence[Trial]
-) -> _Comparison | str:
+def _compare_all(executor: Executor, oracle: Executor, model: nn.Module, cases: Sequence[Case]) -> _Comparison | str:
+    """Largest deviations over all cases, or what broke in the first that broke."""
+    found: list[_Comparison] = []
+    for case in cases:
+        one = _compare(executor, oracle, model, case)
+        if isinstance(one, str):
+            return one
+        found.append(one)
+    worst = max(found, key=lambda c: c.worst)
+    by_kind: dict[str, float] = {}
+    for kind, deviation in (item for one in found for item in one.by_kind.items()):
+        by_kind[kind] = max(by_kind.get(kind, 0.0), deviation)
+    return _Comparison(worst.worst, worst.where, by_kind, [d for one in found for d in one.by_trial])
+
+
+def _compare(executor: Executor, oracle: Executor, model: nn.Module, case: Case) -> _Comparison | str:
     """Largest deviations of an executor from the native logits and from plain hooks."""
+    bucket, trials = case.bucket, case.trials
     native = {name: native_logits(model, bucket, name) for name in bucket.tokens if name not in bucket.noise}
     got = executor.run(bucket, trials, logits_measure)
     want = got if executor is oracle else oracle.run(bucket, trials, logits_measure)
@@ -312,7 +353,7 @@ def implementation_noise(model: nn.Module, bucket: Bucket) -> tuple[float, float
     scale = float(native.abs().max()) or 1.0
     alone = torch.cat([native_logits(model, _one(bucket, i), name) for i in range(bucket.size)])
     noise = float((alone - native).abs().max())
-    with other_implementation(model) as swapped:
+    with suppress(*BROKEN), other_implementation(model) as swapped:
         if swapped:
             noise = max(noise, float((native_logits(model, bucket, name) - native).abs().max()))
     if next(model.parameters()).dtype != torch.float32:
@@ -335,11 +376,11 @@ def other_implementation(model: Any) -> Iterator[bool]:
         return
     try:
         model.set_attn_implementation(other)
-    except (ValueError, KeyError, AttributeError):
-        yield False
-        return
+        swapped = True
+    except BROKEN:
+        swapped = False
     try:
-        yield True
+        yield swapped
     finally:
         model.set_attn_implementation(now)
 

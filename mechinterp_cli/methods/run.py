@@ -291,6 +291,11 @@ def _warnings(prepared: Prepared, proof: Proof, sweep: tables.Sweep) -> list[str
             f"{prepared.model.source.dtype} moves logits by {noise:.2g} between implementations: "
             "smaller effects on logits are noise"
         )
+    if proof.routing_flips:
+        warnings.append(
+            f"rounding to {prepared.model.source.dtype} sent tokens to other experts on {proof.routing_flips} of "
+            f"{proof.trials} proof trials; in float32 they agree"
+        )
     if proof.rejected:
         warnings += [f"executor {name} was not used: {reason}" for name, reason in proof.rejected.items()]
     return warnings

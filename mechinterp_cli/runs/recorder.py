@@ -156,7 +156,7 @@ def record(
     check_writable(root)
     with stop_requests():
         # All that takes time comes before the directory is made: from then on, whatever stops the run is recorded.
-        manifest = _first_manifest(loaded, sys.argv if command is None else command)
+        manifest = _first_manifest(loaded, ["mechinterp", *sys.argv[1:]] if command is None else command)
         directory = RunDirectory.create(root, config.method_name, config.name)
         recorder = RunRecorder(directory, manifest, config.output.formats)
         with _ending_recorded(recorder):
