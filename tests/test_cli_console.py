@@ -192,6 +192,6 @@ def test_outcome_is_shown_whole(capfd: pytest.CaptureFixture[str]) -> None:
 
     outcome = RunOutcome(Path("runs/x"), [{"layer": 3}], lambda width, plain: ["#", "##"], ["few prompts"])
     show_outcome(Console(), outcome)
-    assert capfd.readouterr() == ("runs/x\n", "#\n##\nfew prompts\n")
+    assert capfd.readouterr() == ("runs/x\n", "#\n\n##\n\nfew prompts\n")
     show_outcome(Console(), replace(outcome, draw=None))
     assert capfd.readouterr() == ("runs/x\n", "layer\n    3\nfew prompts\n")

@@ -64,7 +64,7 @@ def test_patch_prints_the_run_directory_alone_on_stdout(capfd: pytest.CaptureFix
     path = Path(out.removesuffix("\n"))
     assert Manifest.read(path).status == "complete"
     assert path.parent == Path("runs")
-    assert [line.split() for line in err.splitlines()][:3] == [["sweeping"], ["#"], ["a", "note"]]
+    assert [line.split() for line in err.splitlines()][:4] == [["sweeping"], ["#"], [], ["a", "note"]]
 
 
 @pytest.mark.usefixtures("fake")

@@ -130,3 +130,16 @@ def test_nulls_of_every_kind_are_left_out() -> None:
         describe_place({"site": "z", "layer": 3.0, "head": 1, "span": "S2", "position": pd.NA}, {})
         == "z, layer 3, head 1, S2"
     )
+
+
+def test_the_template_is_named_where_there_are_several() -> None:
+    row = {"site": "z", "layer": 3, "position": 1, "template": "ABBA"}
+    assert describe_place(row, {"ABBA": ["a", "b"], "BABA": ["c", "d"]}) == "z, layer 3, position 1 b, ABBA"
+    assert describe_place(row, {"ABBA": ["a", "b"], "": ["a", "b"]}) == "z, layer 3, position 1 b"
+
+
+def test_no_name_of_a_column_is_broken_over_two_lines() -> None:
+    names = [f"k-{i}" for i in range(20)]
+    made = build_heatmap(summary(columns=20), HeatmapSpec(title="t", tokens={"": names}))
+    text = shown(terminal_heatmap(made, width=40), 40)
+    assert all(f"{i} {name}" in text for i, name in enumerate(names))

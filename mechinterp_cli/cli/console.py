@@ -61,6 +61,7 @@ class Console:
         rich = RichConsole(file=buffer, width=width, force_terminal=human, markup=False, emoji=False, highlight=False)
         for part in view(width, not human or not unicode):
             rich.print(part)
+            rich.print()
         _write(sys.stderr, buffer.getvalue())
 
     def error(self, cause: str, remedy: str = "") -> None:

@@ -28,6 +28,7 @@ STATE_MARKS = {"trivial": ".", "undefined": "?", "nan": "NaN", "absent": ""}
 STATE_NAMES = {"trivial": ". exactly 0 (trivial)", "undefined": "? undefined"}
 WIDE_CELL, NARROW_CELL = 5, 4
 """Two decimals where they fit, else hundredths."""
+NO_BREAK = "\N{NO-BREAK SPACE}"
 MAX_BLOCKS = 3
 """Panels wider than the terminal are broken into this many at most."""
 
@@ -96,12 +97,13 @@ def _header(panel: Panel, columns: range, margin: int, cell: int, plain: bool) -
 
 
 def _legend(panel: Panel, shown: int, width: int, plain: bool) -> list[Text]:
-    """The columns' full names, where the header had no room for them."""
+    """The columns' full names, where the header had no room for them; no name is broken."""
     names = [show_text(label, plain=plain) for label in panel.columns[:shown]]
     if all(len(name) < NARROW_CELL for name in names):
         return []
-    text = f"{panel.column_title}: " + "  ".join(names)
-    return [Text(line, style="" if plain else "dim") for line in textwrap.wrap(text, max(20, width))]
+    text = f"{panel.column_title}: " + "  ".join(name.replace(" ", NO_BREAK) for name in names)
+    lines = textwrap.wrap(text, max(20, width), break_on_hyphens=False)
+    return [Text(line.replace(NO_BREAK, " "), style="" if plain else "dim") for line in lines]
 
 
 def _cell(value: float, status: str, limit: float, width: int, plain: bool) -> Text:
@@ -190,7 +192,7 @@ def _row_cells(
 
 
 def describe_place(row: Mapping[str, object], tokens: Mapping[str, Sequence[str]], *, plain: bool = False) -> str:
-    """Where a trial edits, in words: `resid_pre, layer 8, position 10 ·John`."""
+    """Where a trial edits, in words: `resid_pre, layer 8, position 10 ·John`; the template where there are several."""
     template = "" if _missing(row.get("template")) else str(row["template"])
     parts = [show_text(str(row["site"]), plain=plain)] if not _missing(row.get("site")) else []
     for name, title in (("layer", "layer"), ("head", "head"), ("kv_head", "key/value head"), ("neuron", "neuron")):
@@ -203,7 +205,7 @@ def describe_place(row: Mapping[str, object], tokens: Mapping[str, Sequence[str]
         words = tokens.get(template, ())
         word = " " + show_token(words[position], plain=plain) if 0 <= position < len(words) else ""
         parts.append(f"position {position}{word}")
-    if template:
+    if template and "" not in tokens:
         parts.append(show_text(template, plain=plain)[:40])
     return ", ".join(parts)
 
