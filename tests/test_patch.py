@@ -330,6 +330,12 @@ def test_keep_correct_counts_what_it_drops(tmp_path: Path) -> None:
     assert any(f"{24 - right} prompts dropped" in warning for warning in kept.manifest["warnings"])
 
 
+def test_what_holds_for_every_metric_is_warned_of_once(tmp_path: Path) -> None:
+    run = run_patch(tmp_path, {"sites": [EACH]}, metrics=["logit_diff", "prob"])
+    rough = "group all: 4 prompts are fewer than 20; intervals and p-values are rough"
+    assert run.manifest["warnings"] == [rough]
+
+
 def test_dry_run_counts_what_a_run_does(tmp_path: Path) -> None:
     loaded = config_of(tmp_path, {"sites": [EACH, HEADS]}, metrics=["logit_diff", "rank"])
     plan = dry_run(loaded)

@@ -194,6 +194,7 @@ def summary_frame(sweep: Sweep, stats: StatsSection) -> pd.DataFrame:
         seed=stats.seed,
     )
     frames = []
+    warned: dict[str, list[str]] = {}
     for metric, name in enumerate(sweep.metrics):
         base = sweep.streams[sweep.base][..., metric].mean(-1)
         other = None if sweep.other is None else sweep.streams[sweep.other][..., metric].mean(-1)
@@ -207,8 +208,11 @@ def summary_frame(sweep: Sweep, stats: StatsSection) -> pd.DataFrame:
             ratio_of_means_only=find_metric(name).ratio_of_means_only,
             options=options,
         )
-        sweep.warnings += [f"{name}: {warning}" for warning in summary.warnings]
+        for warning in summary.warnings:
+            warned.setdefault(warning, []).append(name)
         frames.append(pd.DataFrame(_plain(summary.columns)).assign(metric=name))
+    for warning, names in warned.items():
+        sweep.warnings.append(warning if len(names) == len(sweep.metrics) else f"{', '.join(names)}: {warning}")
     joined = pd.concat(frames, ignore_index=True)
     return joined.merge(site_frame(sweep.specs), on="trial", how="left", validate="many_to_one")
 
