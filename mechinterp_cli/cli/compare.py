@@ -1,0 +1,89 @@
+"""`mechinterp compare`."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from mechinterp_cli.cli.console import Console
+from mechinterp_cli.cli.options import Json, Quiet
+
+A = Annotated[Path, typer.Argument(metavar="A", help="A run directory.", show_default=False)]
+B = Annotated[Path, typer.Argument(metavar="B", help="Another one.", show_default=False)]
+Metric = Annotated[list[str] | None, typer.Option("--metric", metavar="NAME", help="This metric only. Repeatable.")]
+Column = Annotated[
+    Literal["value", "effect", "normalized"] | None,
+    typer.Option("--column", help="What is compared; normalized where both runs have it, else effect."),
+]
+Top = Annotated[int, typer.Option("--top", min=1, metavar="K", help="Overlap of the K largest magnitudes.")]
+Floor = Annotated[
+    float | None,
+    typer.Option("--floor", min=0, metavar="X", help="Signs count beyond it; stats.smallest_effect for normalized."),
+]
+Out = Annotated[
+    Path | None, typer.Option("--out", metavar="FOLDER", help="Write joined rows, agreement and a scatter plot there.")
+]
+FailAbove = Annotated[
+    float | None, typer.Option("--fail-above", min=0, metavar="X", help="Exit 3 when a |difference| is above X.")
+]
+
+
+def compare(
+    a: A,
+    b: B,
+    metric: Metric = None,
+    column: Column = None,
+    top: Top = 10,
+    floor: Floor = None,
+    out: Out = None,
+    fail_above: FailAbove = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Compare two runs, row by row, for each metric and kind of site.
+
+    Trials are joined by place and metric; all prompts and the main aggregate count. Rows that are 0 in both because
+    causality says so (trivial) are counted apart: no mean, correlation, overlap or share of signs includes them.
+    What is not defined (a correlation of two rows) is empty and explained.
+
+    The table goes to stdout; what differs in the runs' conditions and the five worst rows go to stderr.
+
+    Example: mechinterp compare runs/A runs/B --metric logit_diff --out comparison --fail-above 0.05
+    """
+    from mechinterp_cli.runs import compare as runs
+    from mechinterp_cli.runs.sides import differing, read_side
+
+    console = Console.choose(quiet=quiet, as_json=as_json)
+    sides = read_side(a), read_side(b)
+    for change in differing(*sides):
+        console.say(f"not the same (A -> B): {change}")
+    found = runs.compare(*sides, runs.CompareOptions(tuple(metric or ()), column, top, floor))
+    _tell(console, found)
+    if out is not None:
+        from mechinterp_cli.report.scatter import build_scatter, render_png
+
+        runs.save(found, out, render_png(build_scatter(found)))
+    if fail_above is not None:
+        found.check(fail_above)
+
+
+def _tell(console: Console, found: Any) -> None:
+    rows = found.agreement
+    console.listing(rows if console.as_json else [_short(row) for row in rows])
+    for row in rows:
+        if row["undefined"]:
+            console.say(f"undefined for {row['metric']}, {row['site']}: {row['undefined']}")
+    worst = found.worst()
+    console.say("the rows that differ most:" if worst else "no row differs")
+    console.table(worst)
+
+
+def _short(row: dict[str, Any]) -> dict[str, Any]:
+    """What fits a terminal."""
+    narrow = {"mean_difference": "mean_diff", "max_difference": "max_diff", "sign_agreement": "same_sign"}
+    left_out = ("undefined", "top", "compared")
+    return {
+        f"top_{row['top']}" if name == "top_overlap" else narrow.get(name, name): value
+        for name, value in row.items()
+        if name not in left_out
+    }

@@ -1,0 +1,145 @@
+"""Two runs against each other: a point per row, one panel per metric, drawn by Altair and vl-convert."""
+
+import io
+from dataclasses import dataclass
+
+import altair as alt
+import numpy as np
+import numpy.typing as npt
+
+from mechinterp_cli.report.labels import show_text
+from mechinterp_cli.runs.compare import Comparison
+from mechinterp_cli.runs.sides import Side
+
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
+"""Okabe and Ito's, which the colour-blind can tell apart; their yellow is too pale for points on white."""
+SHAPES = ("circle", "triangle-up", "square", "diamond")
+SIZE = 320
+"""Pixels of a panel's side."""
+MAX_PANELS = 6
+MAX_POINTS = 5000
+"""Of a panel; beyond, the largest magnitudes are drawn and the caption says so."""
+ACROSS = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScatterPanel:
+    """One metric."""
+
+    title: str
+    column: str
+    """What the axes are: `normalized`, `effect` or `value`."""
+    sites: npt.NDArray[np.object_]
+    """`[points]`, the kind of site."""
+    a: npt.NDArray[np.float64]
+    b: npt.NDArray[np.float64]
+
+    @property
+    def domain(self) -> tuple[float, float]:
+        """Both axes' range, with 0 and a margin: the diagonal is what two equal runs lie on."""
+        everything = np.concatenate([self.a, self.b, [0.0]])
+        low, high = float(everything.min()), float(everything.max())
+        margin = 0.05 * (high - low) or 1.0
+        return low - margin, high + margin
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scatter:
+    """One picture."""
+
+    title: str
+    lines: tuple[str, ...]
+    """What stands below the title."""
+    kinds: tuple[str, ...]
+    """Kinds of sites in the order of their colours."""
+    panels: tuple[ScatterPanel, ...]
+
+
+def build_scatter(comparison: Comparison) -> Scatter:
+    """Arrange the rows that have a number in both runs.
+
+    Args:
+        comparison: Two runs.
+    """
+    rows = comparison.rows[comparison.rows["state"].isin(["compared", "trivial"])]
+    metrics = list(dict.fromkeys(rows["metric"]))
+    lines = [f"A: {_about(comparison.a)}", f"B: {_about(comparison.b)}"]
+    panels = []
+    for metric in metrics[:MAX_PANELS]:
+        part = rows[rows["metric"] == metric]
+        sizes = np.maximum(part["a"].abs(), part["b"].abs()).to_numpy()
+        if len(part) > MAX_POINTS:
+            lines.append(f"{metric}: the {MAX_POINTS} largest of {len(part)} rows")
+        # Ascending, so that the largest are on top.
+        shown = part.iloc[np.argsort(sizes, kind="stable")[-MAX_POINTS:]]
+        a, b = shown["a"].to_numpy(), shown["b"].to_numpy()
+        sites = shown["site"].to_numpy(dtype=object)
+        panels.append(ScatterPanel(title=metric, column=str(part["column"].iloc[0]), sites=sites, a=a, b=b))
+    if len(metrics) > MAX_PANELS:
+        lines.append(f"{len(metrics) - MAX_PANELS} more metrics are in the table alone")
+    kinds = tuple(dict.fromkeys(rows["site"]))
+    return Scatter(title="A against B", lines=tuple(lines), kinds=kinds, panels=tuple(panels))
+
+
+def _about(side: Side) -> str:
+    model = side.manifest.model
+    words = [side.path.resolve().name, model.get("id"), model.get("revision"), model.get("dtype")]
+    words += [side.section.get("direction"), side.section.get("source")]
+    return ", ".join(str(word) for word in words if word is not None)
+
+
+def chart(scatter: Scatter) -> alt.ConcatChart:
+    """The picture as a Vega-Lite chart."""
+    title = alt.TitleParams(
+        show_text(scatter.title),
+        subtitle=[show_text(line) for line in scatter.lines],
+        anchor="start",
+        fontSize=15,
+        subtitleFontSize=11,
+        subtitleColor="#444444",
+        subtitleLineHeight=15,
+        offset=12,
+    )
+    last = min(ACROSS, len(scatter.panels)) - 1
+    panels = [_panel(panel, scatter.kinds, with_legend=i == last) for i, panel in enumerate(scatter.panels)]
+    whole = alt.concat(*panels, columns=ACROSS, title=title, spacing=24).resolve_scale(color="independent")
+    drawn: alt.ConcatChart = whole.configure_view(stroke="#999999").configure_axis(gridColor="#eeeeee")
+    return drawn
+
+
+def render_png(scatter: Scatter, *, scale: float = 2.0) -> bytes:
+    """The picture as PNG.
+
+    Args:
+        scatter: What to draw.
+        scale: Pixels per unit.
+    """
+    buffer = io.BytesIO()
+    chart(scatter).save(buffer, format="png", scale_factor=scale)
+    return buffer.getvalue()
+
+
+def _panel(panel: ScatterPanel, kinds: tuple[str, ...], *, with_legend: bool) -> alt.LayerChart:
+    low, high = panel.domain
+    scale = alt.Scale(domain=[low, high], nice=False, zero=False)
+    axis = alt.Axis(format=".2~g", tickCount=6)
+    x = alt.X("a:Q", scale=scale, axis=axis, title=f"A, {panel.column}")
+    y = alt.Y("b:Q", scale=scale, axis=axis, title=f"B, {panel.column}")
+    legend = alt.Legend(title=None, symbolOpacity=1) if with_legend else None
+    names = [show_text(kind) for kind in kinds]
+    colours = [COLOURS[i % len(COLOURS)] for i in range(len(kinds))]
+    # Beyond the colours there are, kinds differ by shape.
+    shapes = [SHAPES[i // len(COLOURS) % len(SHAPES)] for i in range(len(kinds))]
+    colour = alt.Color("site:N", scale=alt.Scale(domain=names, range=colours), legend=legend)
+    shape = alt.Shape("site:N", scale=alt.Scale(domain=names, range=shapes), legend=legend)
+    points = [
+        {"a": float(a), "b": float(b), "site": show_text(str(site))}
+        for a, b, site in zip(panel.a, panel.b, panel.sites, strict=True)
+    ]
+    line = alt.Chart(alt.InlineData(values=[{"a": low, "b": low}, {"a": high, "b": high}]))
+    diagonal = line.mark_line(color="#888888", strokeDash=[4, 3], strokeWidth=1).encode(x, y)
+    marks = alt.Chart(alt.InlineData(values=points)).mark_point(filled=True, size=36, opacity=0.75)
+    drawn: alt.LayerChart = alt.layer(diagonal, marks.encode(x, y, colour, shape)).properties(
+        width=SIZE, height=SIZE, title=show_text(panel.title)
+    )
+    return drawn
