@@ -1,5 +1,6 @@
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,9 +10,27 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from benchmarks.big_table import METRICS, random_sweep
+from mechinterp_cli.cli.registry import register_all
+from mechinterp_cli.config.schema import StatsOptions
 from mechinterp_cli.errors import RunError
+from mechinterp_cli.methods import tables
+from mechinterp_cli.methods.tables import Sweep, result_columns
 from mechinterp_cli.runs import schema
-from mechinterp_cli.runs.tables import read_csv, read_parquet, to_frame, write_csv, write_parquet
+from mechinterp_cli.runs.manifest import Manifest
+from mechinterp_cli.runs.recorder import record
+from mechinterp_cli.runs.tables import (
+    AUTO_CSV_ROWS,
+    chosen_formats,
+    read_csv,
+    read_parquet,
+    to_frame,
+    write_csv,
+    write_parquet,
+)
+from mechinterp_cli.stats import Status
+from mechinterp_cli.stats.observations import denominator_threshold
+from tests.experiments import config_of
 
 TOKENS = ["NA", "null", "nan", "None", "", "\r", "\n", "\r\n", ",", '"', "=1+1", "+", "-", "@", "\t", " ", "N/A", "#",
           "a,b", 'x"y', "\u2028", "\ufeff", "\x00", "caf\u00e9", "\U0001f600", "true", "1", None]  # fmt: skip
@@ -189,3 +208,124 @@ def test_method_adds_columns_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None
 def test_parquet_pages_carry_checksums_for_other_readers(tmp_path: Path) -> None:
     write_parquet(awkward(), tmp_path / "t.parquet")
     assert pq.read_table(tmp_path / "t.parquet", page_checksum_verification=True).num_rows == len(TOKENS)
+
+
+# --- huge tables
+
+
+def test_auto_leaves_csv_out_of_huge_tables() -> None:
+    assert chosen_formats("auto", AUTO_CSV_ROWS) == ("parquet", "csv")
+    assert chosen_formats("auto", AUTO_CSV_ROWS + 1) == ("parquet",)
+    assert chosen_formats(("csv",), AUTO_CSV_ROWS + 1) == ("csv",)
+
+
+@pytest.mark.parametrize("formats", ["auto", ["parquet", "csv"]])
+def test_a_csv_that_is_left_out_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, formats: Any) -> None:
+    monkeypatch.setattr("mechinterp_cli.runs.tables.AUTO_CSV_ROWS", 1)
+    output = {"figures": [], "formats": formats}
+    loaded = config_of(tmp_path, {"sites": [{"kind": "z"}]}, output=output)
+    with record(loaded, tmp_path / "runs") as run:
+        for table, rows in (("baselines", 1), ("results", 2)):
+            own = {"trial": range(rows)} if table == "results" else {"stream": ["clean"] * rows}
+            common = {"prompt": range(rows), "metric": ["kl"] * rows, "status": ["ok"] * rows}
+            run.write_table(table, own | common, formats=run.formats)
+    manifest = Manifest.read(run.path)
+    left_out = formats == "auto"
+    assert ("results.csv" not in manifest.outputs) == left_out
+    assert {"results.parquet", "baselines.parquet", "baselines.csv"} <= set(manifest.outputs)
+    asked = ["results: no CSV of 2 rows (more than 1,000,000); `output.formats: [parquet, csv]` writes one"]
+    assert manifest.warnings == (asked if left_out else [])
+    assert (asked[0] in (run.path / "log.jsonl").read_text()) == left_out
+
+
+@pytest.fixture(scope="module")
+def sweep() -> Sweep:
+    register_all()
+    return random_sweep(2400, 64)
+
+
+def test_no_python_object_is_made_of_any_row(sweep: Sweep) -> None:
+    columns = result_columns(sweep, StatsOptions())
+    wanted = schema.table_schema("results", "patch")
+    assert {name: values.type for name, values in columns.items()} == {f.name: f.type for f in wanted}
+    assert all(len(values) == 2400 * 64 * 2 for values in columns.values())
+    table = schema.validate("results", columns, "patch")
+    for name, values in columns.items():
+        # Fitting the schema copies nothing: the table stands on the columns' own memory.
+        fitted = [buffer.address for chunk in table[name].chunks for buffer in chunk.buffers() if buffer is not None]
+        chunks = values.chunks if isinstance(values, pa.ChunkedArray) else [values]
+        assert fitted == [buffer.address for chunk in chunks for buffer in chunk.buffers() if buffer is not None]
+
+
+def test_large_table_is_right_row_by_row_and_comes_back(sweep: Sweep, tmp_path: Path) -> None:
+    table = schema.validate("results", result_columns(sweep, StatsOptions()), "patch")
+    assert write_parquet(table, tmp_path / "results.parquet").rows == table.num_rows == 307_200
+    assert read_parquet(tmp_path / "results.parquet").equals(table)
+    base, other = (sweep.streams[name][:, 0] for name in ("corrupt", "clean"))
+    for row in np.random.default_rng(0).integers(table.num_rows, size=200).tolist():
+        found = table.slice(row, 1).to_pylist()[0]
+        trial, prompt, metric = np.unravel_index(row, (2400, 64, 2))
+        trivial = bool(sweep.status[trial, prompt])
+        value = base[prompt, metric] if trivial else sweep.values[trial, prompt, 0, metric]
+        effect, difference = value - base[prompt, metric], other[prompt, metric] - base[prompt, metric]
+        spec = sweep.specs[trial]
+        assert (found["trial"], found["label"], found["layer"]) == (trial, spec.label, spec.layer)
+        assert (found["neuron"], found["head"], found["span"]) == (spec.neuron, None, None)
+        assert (found["position"], found["template"]) == (spec.place.position, "ABBA")
+        assert (found["prompt"], found["metric"], found["draw"]) == (prompt, METRICS[metric], None)
+        assert (found["cluster"], found["group"]) == (f"template {prompt % 4}", "ab"[prompt % 2])
+        assert (found["value"], found["effect"]) == (value, effect)
+        assert found["status"] == "trivial" if trivial else found["status"] in ("ok", "undefined")
+        assert (found["normalized"] is None) == (
+            abs(difference) < denominator_threshold(base[:, metric], other[:, metric])
+        )
+        if found["normalized"] is not None:
+            assert found["normalized"] == pytest.approx(effect / difference)
+
+
+def test_chosen_trials_draws_and_chunks(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "_LOOK_UP_ROWS", 100)
+    random = np.random.default_rng(0)
+    drawn = replace(
+        sweep,
+        values=random.normal(size=(2400, 64, 3, 2)),
+        streams={name: random.normal(size=(64, 3, 2)) for name in ("corrupt", "clean")},
+        status=np.where(np.arange(64) < 2, sweep.status, Status.ABSENT).astype(np.int8),
+        drawn=True,
+    )
+    columns = result_columns(drawn, StatsOptions(), np.array([7, 3]))
+    frame = to_frame(schema.validate("results", columns, "patch"))
+    assert columns["label"].num_chunks == 1
+    assert [tuple(row) for row in frame[["trial", "prompt", "metric", "draw"]].to_numpy()] == [
+        (trial, prompt, metric, draw)
+        for trial in (3, 7)
+        for prompt in (0, 1)
+        for metric in METRICS
+        for draw in range(3)
+    ]
+    every = result_columns(drawn, StatsOptions())
+    assert every["label"].num_chunks == 2400 * 2 * 6 // 100
+    assert every["label"].to_pylist()[3 * 12 : 4 * 12] == frame["label"].tolist()[:12]
+
+
+def test_no_trial_gives_an_empty_table(sweep: Sweep) -> None:
+    columns = result_columns(sweep, StatsOptions(), np.array([], dtype=np.int64))
+    assert schema.validate("results", columns, "patch").num_rows == 0
+
+
+def test_nan_stays_nan_and_what_is_undefined_is_null(sweep: Sweep) -> None:
+    values, status = sweep.values[:1].copy(), np.zeros((1, 64), dtype=np.int8)
+    values[0, 0] = np.nan
+    small = replace(sweep, specs=sweep.specs[:1], values=values, status=status)
+    streams = {
+        "corrupt": np.zeros((64, 1, 2)),
+        "clean": np.where(np.arange(64) == 1, 0.0, 1.0)[:, None, None] + np.zeros(2),
+    }
+    table = schema.validate("results", result_columns(replace(small, streams=streams), StatsOptions()), "patch")
+    rows = table.to_pylist()
+    assert (rows[0]["status"], math.isnan(rows[0]["normalized"])) == ("nan", True)
+    assert (rows[2]["status"], rows[2]["normalized"]) == ("undefined", None)
+    assert (rows[4]["status"], rows[4]["normalized"]) == ("ok", values[0, 2, 0, 0])
+    alone = schema.validate("results", result_columns(replace(small, other=None), StatsOptions()), "patch")
+    assert alone["normalized"].null_count == 128
+    assert math.isnan(alone["value"][0].as_py())

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
+import pyarrow as pa
 
 from mechinterp_cli.config.schema import StatsOptions as StatsSection
 from mechinterp_cli.methods.places import TrialSpec
@@ -116,8 +117,13 @@ def site_frame(specs: Sequence[TrialSpec]) -> pd.DataFrame:
     )
 
 
-def result_columns(sweep: Sweep, stats: StatsSection, trials: npt.NDArray[np.int64] | None = None) -> dict[str, Any]:
-    """One row per observation, trial by trial: columns for the `results` table.
+def result_columns(
+    sweep: Sweep, stats: StatsSection, trials: npt.NDArray[np.int64] | None = None
+) -> dict[str, pa.Array | pa.ChunkedArray]:
+    """One row per observation, by trial, prompt, metric and draw: columns for the `results` table.
+
+    There may be hundreds of millions of rows, so no Python object is made for any of them: texts are looked up, chunk
+    by chunk, in Arrow arrays of the distinct ones.
 
     Args:
         sweep: The values.
@@ -125,40 +131,62 @@ def result_columns(sweep: Sweep, stats: StatsSection, trials: npt.NDArray[np.int
         trials: Which trials; all where None.
     """
     chosen = np.arange(len(sweep.specs)) if trials is None else np.sort(trials)
-    draws = range(sweep.values.shape[2]) if sweep.drawn else (None,)
-    blocks: list[dict[str, Any]] = []
-    for metric, name in enumerate(sweep.metrics):
-        for draw in draws:
-            seen = sweep.observe(metric, stats, draw)
-            trial, prompt = np.nonzero(seen.status[chosen] != Status.ABSENT)
-            at = (chosen[trial], prompt)
-            blocks.append({"trial": at[0], "prompt": prompt, "status": seen.status[at], "draw": draw, "metric": name})
-            blocks[-1] |= {key: getattr(seen, key)[at] for key in ("value", "effect", "normalized")}
-    return _tidy(blocks, sweep)
-
-
-def _tidy(blocks: list[dict[str, Any]], sweep: Sweep) -> dict[str, Any]:
-    """Blocks of rows as columns, sorted by trial, prompt, metric and draw."""
-    keys = ("trial", "prompt", "status", "value", "effect", "normalized")
-    joined = {key: np.concatenate([block[key] for block in blocks]) for key in keys}
-    block_of = np.repeat(np.arange(len(blocks)), [len(block["trial"]) for block in blocks])
-    order = np.lexsort((block_of, joined["prompt"], joined["trial"]))
-    columns = {key: values[order] for key, values in joined.items()}
-    nothing = np.isnan(columns["normalized"]) & (columns["status"] != Status.NAN)
-    sites = site_frame(sweep.specs).iloc[columns["trial"]]
-    labels = np.array([Status(i).label for i in range(len(Status))], dtype=object)
-    by_block = {key: np.array([b[key] for b in blocks], dtype=object)[block_of[order]] for key in ("metric", "draw")}
+    draws: Sequence[int | None] = range(sweep.values.shape[2]) if sweep.drawn else (None,)
+    blocks = [(metric, draw) for metric in range(len(sweep.metrics)) for draw in draws]
+    trial, prompt = np.nonzero(sweep.status[chosen] != Status.ABSENT)
+    at = (chosen[trial].astype(np.int32), prompt.astype(np.int32))
+    trial, prompt = (np.repeat(index, len(blocks)) for index in at)
+    block = np.tile(np.arange(len(blocks), dtype=np.int32), len(at[0]))
+    sites = site_frame(sweep.specs)
     return {
-        **{name: sites[name].array for name in ("trial", *SITE_COLUMNS)},
-        "prompt": columns["prompt"].astype(np.int32),
-        "cluster": np.array(sweep.clusters, dtype=object)[columns["prompt"]],
-        "group": np.array(sweep.groups, dtype=object)[columns["prompt"]],
-        **by_block,
-        "value": columns["value"],
-        "effect": columns["effect"],
-        "normalized": np.ma.MaskedArray(columns["normalized"], mask=nothing | (sweep.other is None)),
-        "status": labels[columns["status"]],
+        **{name: _look_up(sites[name], _SITE_TYPES.get(name, pa.int32()), trial) for name in ("trial", *SITE_COLUMNS)},
+        "prompt": pa.array(prompt),
+        "cluster": _look_up(sweep.clusters, pa.string(), prompt),
+        "group": _look_up(sweep.groups, pa.string(), prompt),
+        "metric": _look_up([sweep.metrics[metric] for metric, _ in blocks], pa.string(), block),
+        "draw": _look_up([draw for _, draw in blocks], pa.int32(), block),
+        **_measured(sweep, stats, at, blocks),
     }
+
+
+def _measured(
+    sweep: Sweep,
+    stats: StatsSection,
+    at: tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]],
+    blocks: Sequence[tuple[int, int | None]],
+) -> dict[str, pa.Array | pa.ChunkedArray]:
+    """The numbers of each trial and prompt in `at`, block after block: value, effect, normalized, status."""
+    shape = (len(at[0]), len(blocks))
+    numbers = {name: np.empty(shape) for name in ("value", "effect", "normalized")}
+    status = np.empty(shape, dtype=np.int8)
+    for i, (metric, draw) in enumerate(blocks):
+        seen = sweep.observe(metric, stats, draw)
+        status[:, i] = seen.status[at]
+        for name, values in numbers.items():
+            values[:, i] = getattr(seen, name)[at]
+    # NaN that was computed stays NaN; a normalised value that is not defined is null.
+    nothing = np.isnan(numbers["normalized"]) & (status != Status.NAN) | (sweep.other is None)
+    return {
+        "value": pa.array(numbers["value"].reshape(-1), from_pandas=False),
+        "effect": pa.array(numbers["effect"].reshape(-1), from_pandas=False),
+        "normalized": pa.array(numbers["normalized"].reshape(-1), mask=nothing.reshape(-1), from_pandas=False),
+        "status": _look_up([Status(i).label for i in range(len(Status))], pa.string(), status.reshape(-1)),
+    }
+
+
+_LOOK_UP_ROWS = 1 << 20
+"""Rows of a chunk: Arrow's texts hold 2 GiB at most in one piece."""
+_SITE_TYPES = {"trial": pa.int64(), "label": pa.string(), "site": pa.string()}
+_SITE_TYPES |= {"span": pa.string(), "template": pa.string()}
+
+
+def _look_up(
+    values: Sequence[Any] | pd.Series, kind: pa.DataType, rows: npt.NDArray[np.integer[Any]]
+) -> pa.ChunkedArray:
+    """`values[rows]`, null where there is none."""
+    distinct = pa.array(values, kind, from_pandas=True)
+    chunks = [distinct.take(pa.array(rows[i : i + _LOOK_UP_ROWS])) for i in range(0, len(rows), _LOOK_UP_ROWS)]
+    return pa.chunked_array(chunks, type=kind)
 
 
 def baseline_rows(sweep: Sweep) -> list[dict[str, Any]]:
@@ -219,8 +247,6 @@ def summary_frame(sweep: Sweep, stats: StatsSection) -> pd.DataFrame:
 
 def _plain(columns: Any) -> dict[str, Any]:
     """Masked numbers as nullable pandas arrays that keep NaN and null apart."""
-    import pyarrow as pa
-
     plain: dict[str, Any] = {}
     for name, values in columns.items():
         if isinstance(values, np.ma.MaskedArray):

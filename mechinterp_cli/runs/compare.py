@@ -210,7 +210,7 @@ def _chosen(joined: pd.DataFrame, columns: pd.Series, side: str) -> Floats:
     """One run's numbers, each row from its own column; NaN where there is none."""
     values = np.full(len(joined), np.nan)
     for name in columns.unique():
-        rows = (columns == name).to_numpy()
+        rows = (columns == name).to_numpy(dtype=bool)
         values[rows] = joined[f"{name}_{side}"][rows].to_numpy(dtype=np.float64, na_value=np.nan)
     return values
 
@@ -241,7 +241,7 @@ def _smallest_effect(a: Side, b: Side) -> float:
 
 def _agreement(rows: pd.DataFrame, options: CompareOptions, smallest: float) -> Iterator[dict[str, Any]]:
     """A row per metric and kind of site, in the order of the runs."""
-    for (metric, site), part in rows.groupby(["metric", "site"], sort=False):
+    for (metric, site), part in rows.groupby(["metric", "site"], sort=False, dropna=False):
         column = str(part["column"].iloc[0])
         floor = options.floor if options.floor is not None else smallest if column == "normalized" else 0.0
         states = part["state"].value_counts()

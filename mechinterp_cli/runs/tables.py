@@ -9,7 +9,9 @@ for a formula, so import the file there with all columns as text.
 """
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal, TypeAlias
 
 import pandas as pd
 import pyarrow as pa
@@ -18,6 +20,18 @@ import pyarrow.parquet as pq
 
 from mechinterp_cli.errors import RunError
 from mechinterp_cli.runs.atomic import FileInfo, file_info, open_atomic
+
+AUTO_CSV_ROWS = 1_000_000
+"""Up to here `auto` writes a table as CSV too: about what a spreadsheet opens, and CSV is several times as large."""
+Formats: TypeAlias = Literal["auto"] | Sequence[Literal["parquet", "csv"]]
+"""`auto`: Parquet always, CSV up to `AUTO_CSV_ROWS`."""
+
+
+def chosen_formats(formats: Formats, rows: int) -> Sequence[Literal["parquet", "csv"]]:
+    """Which formats a table of so many rows is written in."""
+    if formats != "auto":
+        return formats
+    return ("parquet", "csv") if rows <= AUTO_CSV_ROWS else ("parquet",)
 
 
 def write_parquet(table: pa.Table, path: Path) -> FileInfo:
