@@ -39,6 +39,10 @@ ROWS = [
 
 def panels(drawn: Scatter) -> list[dict[str, Any]]:
     spec: dict[str, Any] = chart(drawn).to_dict()
+    for panel in spec["concat"]:
+        for layer in panel["layer"]:
+            # Altair hoists inline data to the top and leaves its name.
+            layer["data"] = {"values": spec["datasets"][layer["data"]["name"]]}
     return list(spec["concat"])
 
 

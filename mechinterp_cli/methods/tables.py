@@ -133,8 +133,8 @@ def result_columns(
     chosen = np.arange(len(sweep.specs)) if trials is None else np.sort(trials)
     draws: Sequence[int | None] = range(sweep.values.shape[2]) if sweep.drawn else (None,)
     blocks = [(metric, draw) for metric in range(len(sweep.metrics)) for draw in draws]
-    trial, prompt = np.nonzero(sweep.status[chosen] != Status.ABSENT)
-    at = (chosen[trial].astype(np.int32), prompt.astype(np.int32))
+    present = np.nonzero(sweep.status[chosen] != Status.ABSENT)
+    at = (chosen[present[0]].astype(np.int32), present[1].astype(np.int32))
     trial, prompt = (np.repeat(index, len(blocks)) for index in at)
     block = np.tile(np.arange(len(blocks), dtype=np.int32), len(at[0]))
     sites = site_frame(sweep.specs)

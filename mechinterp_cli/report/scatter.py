@@ -139,7 +139,5 @@ def _panel(panel: ScatterPanel, kinds: tuple[str, ...], *, with_legend: bool) ->
     line = alt.Chart(alt.InlineData(values=[{"a": low, "b": low}, {"a": high, "b": high}]))
     diagonal = line.mark_line(color="#888888", strokeDash=[4, 3], strokeWidth=1).encode(x, y)
     marks = alt.Chart(alt.InlineData(values=points)).mark_point(filled=True, size=36, opacity=0.75)
-    drawn: alt.LayerChart = alt.layer(diagonal, marks.encode(x, y, colour, shape)).properties(
-        width=SIZE, height=SIZE, title=show_text(panel.title)
-    )
-    return drawn
+    layers = [diagonal, marks.encode(x, y, colour, shape)]
+    return alt.LayerChart(layer=layers, width=SIZE, height=SIZE, title=show_text(panel.title))

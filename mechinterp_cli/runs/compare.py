@@ -227,11 +227,12 @@ def _states(rows: pd.DataFrame, found: pd.Series) -> npt.NDArray[np.object_]:
     return np.select(conditions, ["only_a", "only_b", "no_number", "trivial"], "compared").astype(object)
 
 
-def _lost(rows: pd.DataFrame) -> pd.Series:
+def _lost(rows: pd.DataFrame) -> npt.NDArray[np.bool_]:
     """Rows in both runs that have a number in one alone, or none for different reasons."""
-    finite = np.isfinite(rows["a"]) != np.isfinite(rows["b"])
-    reason = (rows["status_a"] != rows["status_b"]).fillna(True).astype(bool)
-    return (rows["state"] == "no_number") & (finite | reason)
+    finite = np.isfinite(rows["a"].to_numpy()) != np.isfinite(rows["b"].to_numpy())
+    reason = (rows["status_a"] != rows["status_b"]).fillna(True).to_numpy(dtype=bool)
+    lost: npt.NDArray[np.bool_] = (rows["state"] == "no_number").to_numpy(dtype=bool) & (finite | reason)
+    return lost
 
 
 def _smallest_effect(a: Side, b: Side) -> float:
@@ -247,8 +248,8 @@ def _agreement(rows: pd.DataFrame, options: CompareOptions, smallest: float) -> 
         states = part["state"].value_counts()
         used = part[part["state"] == "compared"]
         found = agree(used["a"].to_numpy(), used["b"].to_numpy(), top=options.top, floor=floor)
-        sizes = part["difference"].abs()
-        largest = part.loc[sizes.idxmax()] if sizes.notna().any() else None
+        sizes = part["difference"].abs().to_numpy()
+        largest = None if np.isnan(sizes).all() else part.iloc[int(np.nanargmax(sizes))]
         yield {
             "metric": metric,
             "site": site,
