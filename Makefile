@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTEST_FLAGS ?= -n 2
 
-.PHONY: demo test slow lint types setup clean
+.PHONY: demo test slow reproduce lint types setup clean
 
 # Fetches real weights (once; they stay in the cache) and shows which layers and positions carry the task.
 demo: $(STAMP)
@@ -20,6 +20,12 @@ test: $(STAMP)
 slow: $(STAMP)
 	$(BIN)/mechinterp models fetch smollm2-135m-instruct
 	$(BIN)/python -m pytest -m slow
+
+# Repeats the committed runs and fails when a number moved.
+reproduce: $(STAMP)
+	for run in runs/reference/*/; do \
+		$(BIN)/mechinterp verify $$run && $(BIN)/mechinterp reproduce $$run --out runs/reproduced || exit $$?; \
+	done
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -168,7 +168,10 @@ def test_bad_command_lines_end_with_code_2(
     assert "Traceback" not in err
 
 
-COMMANDS = [["patch"], ["models"], ["models", "fetch"], ["schema"]]
+COMMANDS = [
+    *(["patch"], ["resume"], ["reproduce"], ["show"], ["compare"], ["runs"], ["verify"]),
+    *(["models"], ["models", "fetch"], ["schema"]),
+]
 
 
 @pytest.mark.parametrize("command", [[], *COMMANDS])

@@ -546,6 +546,6 @@ def test_ctrl_c_in_the_middle_of_a_run() -> None:
     assert "Traceback" not in err
     assert [line for line in err.splitlines() if line.startswith(("error", "fix"))] == [
         "error: stopped by Ctrl-C",
-        "fix: A run that had begun says `interrupted` in its manifest.",
+        "fix: A run that had begun says `interrupted` in its manifest; `mechinterp resume RUN` goes on.",
     ]
     assert not (run / "summary.parquet").exists()

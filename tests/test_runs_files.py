@@ -188,14 +188,14 @@ def test_folder_without_permission() -> None:
 def test_units_are_listed_read_and_removed(tmp_path: Path) -> None:
     store = UnitStore(tmp_path / "units")
     assert store.finished() == []
-    for unit in (2, 0, 12345):
+    for unit in ("0002-b", "0000-a"):
         store.write(unit, pa.table({"x": [unit]}))
-    (tmp_path / "units" / ".0001.parquet.ab.tmp").touch()
-    assert store.finished() == [0, 2, 12345]
-    assert [table["x"].to_pylist() for table in store.read_all()] == [[0], [2], [12345]]
-    assert "0002.parquet" in names(tmp_path / "units")
-    with pytest.raises(RunError, match=r"0001\.parquet"):
-        store.read(1)
+    (tmp_path / "units" / ".0001-c.parquet.ab.tmp").touch()
+    assert store.finished() == ["0000-a", "0002-b"]
+    assert [store.read(unit)["x"].to_pylist() for unit in store.finished()] == [["0000-a"], ["0002-b"]]
+    assert "0002-b.parquet" in names(tmp_path / "units")
+    with pytest.raises(RunError, match=r"0001-c\.parquet"):
+        store.read("0001-c")
     store.remove()
     assert names(tmp_path) == []
     store.remove()

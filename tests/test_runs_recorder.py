@@ -61,7 +61,7 @@ def test_complete_run_holds_everything_its_manifest_says(loaded: LoadedConfig) -
         first = Manifest.read(run.path)
         assert first.status == "running"
         assert first.pid == os.getpid()
-        run.units.write(0, pa.table({"x": [1]}))
+        run.units.write("0000-a", pa.table({"x": [1]}))
         run.units_done(1, 1)
         run.write_table("baselines", baselines(), formats=run.formats)
         run.write_file("figures/a.png", b"png")
@@ -90,13 +90,13 @@ def test_complete_run_holds_everything_its_manifest_says(loaded: LoadedConfig) -
 
 def test_error_is_recorded_and_passed_on(loaded: LoadedConfig) -> None:
     with pytest.raises(RunError, match="NaN in layer 3"), record(loaded) as run:
-        run.units.write(0, pa.table({"x": [1]}))
+        run.units.write("0000-a", pa.table({"x": [1]}))
         raise RunError("NaN in layer 3", "Use float32.")
     manifest = Manifest.read(only_run())
     assert manifest.status == "failed"
     assert manifest.error is not None
     assert "NaN in layer 3" in manifest.error
-    assert run.units.finished() == [0]
+    assert run.units.finished() == ["0000-a"]
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), Terminated("SIGTERM")])
@@ -209,7 +209,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 from mechinterp_cli.config.loader import load_config
 from mechinterp_cli.runs.recorder import record
 with record(load_config(Path("c.yaml"))) as run:
-    run.units.write(0, pa.table({"x": [1]}))
+    run.units.write("0000-a", pa.table({"x": [1]}))
     sys.stdout.write("ready\\n"); sys.stdout.flush()
     time.sleep(60)
 """
@@ -238,7 +238,7 @@ def test_stopped_process_leaves_a_manifest_that_says_so(
     manifest = Manifest.read(only_run())
     assert manifest.status == status
     assert manifest.pid == process.pid
-    assert read_parquet(only_run() / "units" / "0000.parquet")["x"].to_pylist() == [1]
+    assert read_parquet(only_run() / "units" / "0000-a.parquet")["x"].to_pylist() == [1]
 
 
 def test_killed_at_any_moment_no_run_is_unreadable_or_falsely_complete(loaded: LoadedConfig) -> None:

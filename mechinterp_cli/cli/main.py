@@ -10,7 +10,7 @@ import typer
 from typer.exceptions import Abort, TyperException
 
 from mechinterp_cli import __version__
-from mechinterp_cli.cli import models, patch, schema
+from mechinterp_cli.cli import compare, models, patch, reproduce, resume, runs, schema, show
 from mechinterp_cli.cli.console import Console
 from mechinterp_cli.errors import ExitCode, MechinterpError
 from mechinterp_cli.runs.signals import Terminated
@@ -28,6 +28,12 @@ app = typer.Typer(
     epilog="Example: mechinterp patch configs/patch-ioi.yaml",
 )  # fmt: skip
 app.command("patch")(patch.patch)
+app.command("resume")(resume.resume)
+app.command("reproduce")(reproduce.reproduce)
+app.command("show")(show.show)
+app.command("compare")(compare.compare)
+app.command("runs")(runs.runs)
+app.command("verify")(runs.verify)
 app.add_typer(models.app, name="models")
 app.command("schema")(schema.schema)
 
@@ -66,14 +72,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except TyperException as error:
         return _usage_error(console, error)
     except Terminated as error:
-        console.error(str(error), "The run directory's manifest says `interrupted`.")
+        console.error(str(error), "The run directory's manifest says `interrupted`; `mechinterp resume RUN` goes on.")
         return ExitCode.TERMINATED
     except Abort:
         return ExitCode.INTERRUPTED
     except Exception as error:  # the one boundary: nothing is swallowed, the exit code is 1
         return _unexpected(console, error, debug=state.debug)
     if code == ExitCode.INTERRUPTED:
-        console.error("stopped by Ctrl-C", "A run that had begun says `interrupted` in its manifest.")
+        remedy = "A run that had begun says `interrupted` in its manifest; `mechinterp resume RUN` goes on."
+        console.error("stopped by Ctrl-C", remedy)
     return int(code or ExitCode.DONE)
 
 

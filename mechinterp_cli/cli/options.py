@@ -21,6 +21,10 @@ Device = Annotated[
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Print the plan as JSON (trials, rows, FLOPs, bytes) and stop.")
 ]
+Resume = Annotated[
+    Path | None,
+    typer.Option("--resume", metavar="RUN", help="Go on with this run; the config must be the one it began with."),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but errors.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
@@ -33,6 +37,7 @@ def execute(
     device: str | None,
     dry_run: bool,
     console: Console,
+    resume: Path | None = None,
 ) -> None:
     """Run one experiment, or show its plan.
 
@@ -44,6 +49,7 @@ def execute(
         device: `--device`.
         dry_run: Whether only the plan is shown.
         console: Where to tell about it.
+        resume: `--resume`.
 
     Raises:
         MechinterpError: Anything that the boundary turns into a message and an exit code.
@@ -52,11 +58,14 @@ def execute(
 
     register_all()
     from mechinterp_cli.config.loader import load_config
+    from mechinterp_cli.errors import UserError
     from mechinterp_cli.runs.directory import check_writable
 
     chosen = [f"model.device={device}"] if device is not None else []
     loaded = load_config(config, [*(overrides or ()), *chosen], method=method)
-    if not dry_run:
+    if resume is not None and (out is not None or dry_run):
+        raise UserError("--resume goes on in the run's own directory", "Leave out --out and --dry-run.")
+    if not dry_run and resume is None:
         check_writable(out if out is not None else Path(loaded.config.output.dir))
     from mechinterp_cli.methods import run
 
@@ -65,7 +74,12 @@ def execute(
             console.data(run.dry_run(loaded))
             return
         with console.progress() as progress:
-            outcome = run.run_experiment(loaded, out=out, progress=progress)
+            if resume is None:
+                outcome = run.run_experiment(loaded, out=out, progress=progress)
+            else:
+                from mechinterp_cli.methods.resume import resume_experiment
+
+                outcome = resume_experiment(resume, progress=progress, given=loaded)
     show_outcome(console, outcome)
 
 

@@ -1,7 +1,7 @@
 """`mechinterp patch`."""
 
 from mechinterp_cli.cli.console import Console
-from mechinterp_cli.cli.options import Config, Device, DryRun, Json, Out, Overrides, Quiet, execute
+from mechinterp_cli.cli.options import Config, Device, DryRun, Json, Out, Overrides, Quiet, Resume, execute
 
 
 def patch(
@@ -9,6 +9,7 @@ def patch(
     set_: Overrides = None,
     out: Out = None,
     device: Device = None,
+    resume: Resume = None,
     dry_run: DryRun = False,
     quiet: Quiet = False,
     as_json: Json = False,
@@ -21,4 +22,4 @@ def patch(
 
     Example: mechinterp patch configs/patch-ioi.yaml --set task.n=8 --out runs
     """
-    execute("patch", config, set_, out, device, dry_run, Console.choose(quiet=quiet, as_json=as_json))
+    execute("patch", config, set_, out, device, dry_run, Console.choose(quiet=quiet, as_json=as_json), resume)

@@ -120,11 +120,10 @@ class OutputOptions(BaseConfig):
 
     dir: Text = "runs"
     """Folder in which the run directory is made."""
-    formats: Annotated[tuple[Literal["parquet", "csv"], ...], Field(min_length=1), AfterValidator(_unique)] = (
-        "parquet",
-        "csv",
-    )
-    """Formats of results and summary; Parquet keeps every type."""
+    formats: (
+        Literal["auto"] | Annotated[tuple[Literal["parquet", "csv"], ...], Field(min_length=1), AfterValidator(_unique)]
+    ) = "auto"
+    """Formats of results and summary. Parquet keeps every type; `auto` adds CSV up to a million rows."""
     rows: Literal["all", "summary", "top"] = "all"
     """Every observation, none of them, or those of the strongest trials."""
     figures: Annotated[tuple[Literal["png", "svg"], ...], AfterValidator(_unique)] = ("png",)

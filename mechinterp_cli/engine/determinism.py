@@ -24,12 +24,30 @@ def deterministic(wanted: bool) -> Iterator[None]:
     memory: Any = torch.utils.deterministic  # a module whose attribute is a property, which mypy does not see
     fill = memory.fill_uninitialized_memory
     precision = torch.get_float32_matmul_precision()
+    convolutions = torch.backends.cudnn.allow_tf32
     torch.use_deterministic_algorithms(True)
     memory.fill_uninitialized_memory = False  # nothing uninitialised is read; filling costs time
     torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before)
         memory.fill_uninitialized_memory = fill
         torch.set_float32_matmul_precision(precision)
+        torch.backends.cudnn.allow_tf32 = convolutions
+
+
+def determinism_state(wanted: bool) -> dict[str, Any]:
+    """The settings that decide whether bits repeat, as they stand now: for the manifest.
+
+    Args:
+        wanted: What the config asks for.
+    """
+    return {
+        "wanted": wanted,
+        "deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+        "cudnn_tf32": torch.backends.cudnn.allow_tf32,
+        "cublas_workspace": os.environ.get("CUBLAS_WORKSPACE_CONFIG"),
+    }

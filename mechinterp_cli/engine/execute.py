@@ -72,7 +72,7 @@ def execute(
         trials = [work.trials[i] for i in unit.trials]
         values = _attempt(executor, work.bucket, trials, measures[unit.bucket], partial(tick, count))
         if values is None:
-            if len(unit.trials) == 1:
+            if len(unit.trials) <= 1:
                 raise RunError(
                     f"one trial on {work.bucket.size} prompts of {work.bucket.length} tokens runs out of memory",
                     "Lower task.n or engine.rows_per_call.",

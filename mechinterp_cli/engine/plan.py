@@ -4,7 +4,8 @@ Chunks and units decide the shapes of matrix products and so the last bits of a 
 data: made once, written into the manifest, used again when a run is resumed or reproduced.
 """
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -33,10 +34,19 @@ class Work:
 
 @dataclass(frozen=True)
 class Unit:
-    """Trials (by their place in their bucket's list) that are executed and saved together."""
+    """Trials (by their place in their bucket's list) that are executed and saved together.
+
+    A bucket without trials has one unit without any, so that its streams are measured.
+    """
 
     bucket: int
     trials: tuple[int, ...]
+
+    @property
+    def key(self) -> str:
+        """A name that tells this unit from every other, also from its halves."""
+        content = ",".join(map(str, self.trials)).encode()
+        return f"{self.bucket:04d}-{hashlib.sha256(content).hexdigest()[:16]}"
 
     def halves(self) -> tuple["Unit", "Unit"]:
         """Two units of half the trials each."""
@@ -78,6 +88,24 @@ class Plan:
     def to_json(self) -> dict[str, Any]:
         """The plan as the manifest holds it."""
         return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "Plan":
+        """The plan that a manifest holds."""
+        units = tuple(Unit(int(unit["bucket"]), tuple(map(int, unit["trials"]))) for unit in data["units"])
+        return cls(str(data["executor"]), int(data["rows_per_call"]), units)
+
+    def fits(self, works: Sequence[Work]) -> bool:
+        """Whether its units hold every trial of every bucket once."""
+        found: list[list[int]] = [[] for _ in works]
+        for unit in self.units:
+            if not 0 <= unit.bucket < len(works):
+                return False
+            found[unit.bucket] += unit.trials
+        planned = {unit.bucket for unit in self.units}
+        return planned == set(range(len(works))) and all(
+            sorted(slots) == list(range(len(work.trials))) for slots, work in zip(found, works, strict=True)
+        )
 
 
 def layer_parameters(model: nn.Module, anatomy: Anatomy) -> float:
@@ -176,7 +204,7 @@ def make_plan(
                 current, rows = [], 0
             current.append(slot)
             rows += n
-        if current:
+        if current or not work.trials:
             units.append(Unit(index, tuple(current)))
     return Plan(executor, rows_per_call, tuple(units))
 

@@ -28,8 +28,9 @@ from mechinterp_cli.tasks.prompts import PromptSet
 from mechinterp_cli.tasks.spans import resolve_span
 
 register_columns("patch", "trials", [column("template", pa.string())])
-for _table in ("results", "summary"):
-    register_columns("patch", _table, [column("kv_head", pa.int32()), column("template", pa.string())])
+_WHERE = [column("kv_head", pa.int32()), column("template", pa.string())]
+register_columns("patch", "results", _WHERE)
+register_columns("patch", "summary", [*_WHERE, column("block", pa.int32())])
 
 
 class TracingOptions(BaseConfig):

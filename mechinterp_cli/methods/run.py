@@ -1,8 +1,8 @@
 """Running an experiment: from a checked config to a finished run directory."""
 
 import time
-from collections.abc import Iterator
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,8 @@ import torch
 
 from mechinterp_cli.config.loader import LoadedConfig
 from mechinterp_cli.config.schema import memory_bytes
-from mechinterp_cli.engine.determinism import deterministic
-from mechinterp_cli.engine.execute import EXECUTORS, Done, Executor, execute, executor_named
+from mechinterp_cli.engine.determinism import determinism_state, deterministic
+from mechinterp_cli.engine.execute import EXECUTORS, Executor, executor_named
 from mechinterp_cli.engine.plan import (
     CPU_ROWS_PER_CALL,
     GPU_ROWS_PER_CALL,
@@ -25,27 +25,32 @@ from mechinterp_cli.engine.plan import (
 )
 from mechinterp_cli.engine.proof import Proof, prove, unfit
 from mechinterp_cli.engine.wavefront import Settings
-from mechinterp_cli.methods import pictures, tables
+from mechinterp_cli.methods import tables
 from mechinterp_cli.methods.prepare import Prepared, prepare, settings_of
+from mechinterp_cli.methods.sweep import sweep as carry_out_plan
 from mechinterp_cli.models.anatomy import device_of
-from mechinterp_cli.report.grid import Heatmap
 from mechinterp_cli.report.heatmap import render_png, render_svg
-from mechinterp_cli.report.terminal import strongest, strongest_table, terminal_heatmap
+from mechinterp_cli.report.view import View, outcome, view_of
 from mechinterp_cli.runs.outcome import Progress, RunOutcome, SilentProgress
 from mechinterp_cli.runs.recorder import RunRecorder, record
+from mechinterp_cli.runs.tables import to_frame
+from mechinterp_cli.stats import Status
 from mechinterp_cli.tasks.rows import content_hash, describe, prompt_rows
 
 RESULT_ROW_BYTES = 60
 """About what one row of results takes in Parquet and CSV together, for `--dry-run`."""
 
 
-def run_experiment(loaded: LoadedConfig, *, out: Path | None, progress: Progress) -> RunOutcome:
+def run_experiment(
+    loaded: LoadedConfig, *, out: Path | None, progress: Progress, recorded: Plan | None = None
+) -> RunOutcome:
     """Run one experiment and leave a run directory.
 
     Args:
         loaded: The config.
         out: Folder of runs; that of the config where None.
         progress: Where to tell how far it is.
+        recorded: The plan of an earlier run of the same experiment, to be used again.
 
     Raises:
         UserError: The config asks for something that is not there.
@@ -55,20 +60,52 @@ def run_experiment(loaded: LoadedConfig, *, out: Path | None, progress: Progress
     with deterministic(loaded.config.deterministic):
         prepared = prepare(loaded, progress)
         with record(loaded, out) as run:
-            _describe(run, prepared)
-            proof, plan, executor = _prove(prepared, progress)
-            run.manifest.engine = {"proof": asdict(proof), "plan": plan.to_json(), "halved": []}
-            run.save()
-            sweep = _sweep(run, prepared, plan, executor, progress)
-            progress.stage("writing tables and pictures")
-            return _finish(run, prepared, proof, sweep)
+            return carry_out(run, prepared, progress, recorded)
 
 
-def _describe(run: RunRecorder, prepared: Prepared) -> None:
+def carry_out(run: RunRecorder, prepared: Prepared, progress: Progress, recorded: Plan | None) -> RunOutcome:
+    """Prove, sweep, and write everything that a run leaves.
+
+    Args:
+        run: The run; units that it has saved are not computed again.
+        prepared: The experiment.
+        progress: Where to tell.
+        recorded: The plan to be used; a new one is made where None, or where it does not hold these trials.
+
+    Raises:
+        ProofError: As `run_experiment`.
+        RunError: As `run_experiment`.
+    """
+    prompts = _describe(run, prepared)
+    plan, executor = _prove(run, prepared, progress, recorded)
+    try:
+        sweep = carry_out_plan(run, prepared, plan, executor, progress)
+        progress.stage("writing tables and pictures")
+        view = _finish(run, prepared, sweep, prompts)
+    except BaseException:
+        progress.message(f"what was computed is kept; to go on: mechinterp resume {run.path}")
+        raise
+    return outcome(run.path, run.manifest, view)
+
+
+def _describe(run: RunRecorder, prepared: Prepared) -> pa.Table:
     """Fill the manifest with model and task, and write the prompts."""
     model, prompts = prepared.model, prepared.prompts
-    anatomy = model.anatomy
-    run.manifest.model = asdict(model.source) | {
+    run.manifest.model = describe_model(prepared)
+    run.manifest.task = describe_task(prepared)
+    run.manifest.seeds = settings_of(prepared)
+    run.manifest.display = _display(prepared)
+    run.manifest.hardware |= {"device": str(device_of(model.model)), "threads": torch.get_num_threads()}
+    run.manifest.determinism = determinism_state(prepared.loaded.config.deterministic)
+    if not prepared.loaded.config.deterministic:
+        run.warn("deterministic: false: a repetition may differ in the last bits even on the same machine")
+    return run.write_table("prompts", prompt_rows(prompts, model.tokenizer))
+
+
+def describe_model(prepared: Prepared) -> dict[str, Any]:
+    """Where the model came from, the hashes of its files, and its anatomy: for the manifest."""
+    anatomy = prepared.model.anatomy
+    return asdict(prepared.model.source) | {
         "anatomy": {
             "layers": anatomy.n_layers,
             "d_model": anatomy.d_model,
@@ -79,7 +116,12 @@ def _describe(run: RunRecorder, prepared: Prepared) -> None:
             "first_layer": asdict(anatomy.layers[0]),
         }
     }
-    run.manifest.task = {
+
+
+def describe_task(prepared: Prepared) -> dict[str, Any]:
+    """Which prompts, their hash, and which were dropped: for the manifest."""
+    prompts = prepared.prompts
+    return {
         "name": prompts.task,
         "sha256": content_hash(prompts),
         "prompts": len(prompts.prompts),
@@ -88,9 +130,19 @@ def _describe(run: RunRecorder, prepared: Prepared) -> None:
         "chat_template": prompts.chat_template,
         "noise_standard_deviation": prepared.noise,
     }
-    run.manifest.seeds = settings_of(prepared)
-    run.manifest.hardware |= {"device": str(device_of(model.model)), "threads": torch.get_num_threads()}
-    run.write_table("prompts", prompt_rows(prompts, model.tokenizer))
+
+
+def _display(prepared: Prepared) -> dict[str, str]:
+    """What pictures say of the run."""
+    options = prepared.bound.options
+    direction = "causal tracing" if options.tracing else f"{options.direction}, source {options.source}"
+    scales = {
+        "denoise": "0: no effect, 1: the clean answer is fully restored.",
+        "noise": "0: no effect, 1: the clean answer is fully broken.",
+    }
+    normalised = prepared.bound.has_corrupt or options.tracing is not None
+    scale = scales[options.direction] if normalised else "Change of the metric."
+    return {"title": f"{prepared.prompts.task}, {direction}", "scale": scale}
 
 
 def _settings(prepared: Prepared) -> Settings:
@@ -100,21 +152,27 @@ def _settings(prepared: Prepared) -> Settings:
     return Settings(rows_per_call=rows, check_finite=engine.on_nan == "error")
 
 
-def _prove(prepared: Prepared, progress: Progress) -> tuple[Proof, Plan, Executor]:
-    """Choose the executor that proves itself, and fix the plan."""
+def _prove(run: RunRecorder, prepared: Prepared, progress: Progress, recorded: Plan | None) -> tuple[Plan, Executor]:
+    """Choose the executor that proves itself, fix the plan, and put both into the manifest."""
     engine, model = prepared.loaded.config.engine, prepared.model
+    usable = recorded if recorded is not None and recorded.fits(prepared.works) else None
     settings = _settings(prepared)
     progress.stage("proving the engine on this model")
     proof = prove(
         model.model,
         model.anatomy,
         prepared.works,
-        executor=engine.executor,
+        executor=engine.executor if usable is None else usable.executor,
         settings=settings,
         per_kind=engine.proof_trials,
     )
-    plan = _plan(prepared, proof.executor)
-    return proof, plan, executor_named(proof.executor, model.model, model.anatomy, settings)
+    plan = usable or _plan(prepared, proof.executor)
+    run.manifest.engine = {"proof": asdict(proof), "plan": plan.to_json(), "halved": []}
+    run.save()
+    for warning in _proof_warnings(prepared, proof):
+        run.warn(warning)
+    settings = replace(settings, rows_per_call=plan.rows_per_call)
+    return plan, executor_named(proof.executor, model.model, model.anatomy, settings)
 
 
 def _plan(prepared: Prepared, executor: str) -> Plan:
@@ -126,186 +184,63 @@ def _plan(prepared: Prepared, executor: str) -> Plan:
     )
 
 
-def _sweep(run: RunRecorder, prepared: Prepared, plan: Plan, executor: Executor, progress: Progress) -> tables.Sweep:
-    """Execute the plan, saving every unit as it ends."""
-    draws = prepared.bound.draws
-    n_layers = prepared.model.anatomy.n_layers
-    names = prepared.loaded.config.metrics
-    shape = (len(prepared.bound.specs), len(prepared.prompts.prompts), draws, len(names))
-    values = np.full(shape, np.nan)
-    streams: dict[str, tables.Floats] = {}
-    progress.stage("sweeping")
-    total = max(1, len(plan.units)) * n_layers
-
-    def tick(unit: int, layer: int) -> None:
-        progress.advance(min(total, unit * n_layers + layer + 1), total)
-
-    run.units_done(0, len(plan.units))
-    done_units = []
-    for number, done in enumerate(execute(executor, plan, prepared.works, prepared.measures, tick)):
-        _place(prepared, done, values, streams)
-        run.units.write(number, _unit_table(prepared, done))
-        done_units.append(done.unit)
-        run.units_done(number + 1, max(len(plan.units), number + 1))
-    if tuple(done_units) != plan.units:
-        run.manifest.engine["halved"] = [asdict(unit) for unit in done_units]
-        run.warn("memory ran out and units were halved; the units that ran are in the manifest")
-    for bucket, work in enumerate(prepared.works):
-        if not work.trials:
-            empty = executor.run(work.bucket, (), prepared.measures[bucket])
-            _place_streams(prepared, bucket, empty.streams, streams, shape[1:])
-    base = prepared.bound.base_stream
-    other = next((name for name in streams if name != base), None)
-    return tables.Sweep(
-        prepared.prompts,
-        prepared.bound.specs,
-        names,
-        values,
-        prepared.status,
-        streams,
-        base,
-        other,
-        drawn=prepared.bound.options.tracing is not None,
-    )
-
-
-def _place(prepared: Prepared, done: Done, values: tables.Floats, streams: dict[str, tables.Floats]) -> None:
-    """Put a unit's values where they belong: trial and prompt of the set, draw, metric."""
-    members = list(prepared.members[done.unit.bucket])
-    trials = prepared.works[done.unit.bucket].trials
-    found = done.values.trials[:, :, 0].numpy()
-    for row, slot in enumerate(done.unit.trials):
-        values[trials[slot].index, members] = found[row].reshape(len(members), values.shape[2], -1)
-    _place_streams(prepared, done.unit.bucket, done.values.streams, streams, values.shape[1:])
-
-
-def _place_streams(
-    prepared: Prepared, bucket: int, found: Any, streams: dict[str, tables.Floats], shape: tuple[int, ...]
-) -> None:
-    members = list(prepared.members[bucket])
-    for name, measured in found.items():
-        into = streams.setdefault(name, np.full(shape, np.nan))
-        into[members] = measured[:, 0].numpy().reshape(len(members), *shape[1:])
-
-
-def _unit_table(prepared: Prepared, done: Done) -> pa.Table:
-    """A unit as it is kept until the run is complete: trial, prompt of the bucket, metric, value."""
-    found = done.values.trials[:, :, 0].numpy()
-    trial, prompt, metric = np.indices(found.shape).reshape(3, -1)
-    indices = np.array([prepared.works[done.unit.bucket].trials[slot].index for slot in done.unit.trials])
-    columns = {"trial": indices[trial], "prompt": prompt, "metric": metric, "value": found.reshape(-1)}
-    return pa.table({"bucket": np.full(len(trial), done.unit.bucket), **columns})
-
-
-def _finish(run: RunRecorder, prepared: Prepared, proof: Proof, sweep: tables.Sweep) -> RunOutcome:
-    """Write tables and pictures; tell what was found."""
+def _finish(run: RunRecorder, prepared: Prepared, sweep: tables.Sweep, prompts: pa.Table) -> View:
+    """Write tables and pictures; give the view of them."""
     config = prepared.loaded.config
     options = prepared.bound.options
     source = options.source_stream if options.source in ("pair", "other") else options.source
     rows = tables.trial_rows(sweep.specs, prepared.model.anatomy, op=prepared.bound.operation(), source=source)
     run.write_table("trials", rows)
     run.write_table("baselines", tables.baseline_rows(sweep))
-    summary = tables.summary_frame(sweep, config.stats)
-    _write_results(run, sweep, summary, config)
-    run.write_table("summary", summary.drop(columns="block"), formats=run.formats)
-    tokens = pictures.decoded_tokens(prepared.prompts, prepared.model.tokenizer)
-    maps = list(_maps(prepared, summary, sweep, tokens))
-    for name, heatmap in maps:
-        if "png" in config.output.figures:
-            run.write_file(f"figures/{name}.png", render_png(heatmap))
-        if "svg" in config.output.figures:
-            run.write_file(f"figures/{name}.svg", render_svg(heatmap).encode())
-    for warning in _warnings(prepared, proof, sweep):
+    summary = run.write_table("summary", tables.summary_frame(sweep, config.stats), formats=run.formats)
+    view = view_of(run.manifest, to_frame(summary), to_frame(prompts))
+    _write_results(run, sweep, view, config)
+    renderers: dict[str, Callable[[Any], bytes]] = {"png": render_png, "svg": lambda m: render_svg(m).encode()}
+    for name, heatmap in view.maps:
+        for form in config.output.figures:
+            run.write_file(f"figures/{name}.{form}", renderers[form](heatmap))
+    for warning in _warnings(prepared, sweep):
         run.warn(warning)
-    main = _main_rows(summary, sweep)
-    quantity = "effect" if sweep.other is None else "normalized"
-
-    def draw(width: int, plain: bool) -> Iterator[Any]:
-        for _, heatmap in maps:
-            yield terminal_heatmap(heatmap, width=width, plain=plain)
-        yield strongest_table(main, tokens=tokens, count=config.output.top, quantity=quantity, width=width, plain=plain)
-
-    return RunOutcome(
-        run.path,
-        _headline(strongest(main, count=config.output.top, quantity=quantity)),
-        draw,
-        (_proof_note(proof), *run.manifest.warnings),
-    )
+    return view
 
 
-def _write_results(run: RunRecorder, sweep: tables.Sweep, summary: pd.DataFrame, config: Any) -> None:
+def _write_results(run: RunRecorder, sweep: tables.Sweep, view: View, config: Any) -> None:
     """Every observation, those of the strongest trials, or none."""
     if config.output.rows == "summary":
         return
     chosen = None
     if config.output.rows == "top":
-        quantity = "effect" if sweep.other is None else "normalized"
-        top = strongest(_main_rows(summary, sweep), count=config.output.top, quantity=quantity)
-        chosen = top["trial"].to_numpy(dtype=np.int64)
+        chosen = view.strongest["trial"].to_numpy(dtype=np.int64)
     run.write_table("results", tables.result_columns(sweep, config.stats, chosen), formats=run.formats)
 
 
-def _main_rows(summary: pd.DataFrame, sweep: tables.Sweep) -> pd.DataFrame:
-    """The rows that are shown: first metric, all prompts, the default aggregate."""
-    aggregate = "mean" if sweep.other is None else "ratio_of_means"
-    chosen = (summary["metric"] == sweep.metrics[0]) & (summary["group"] == "all")
-    return summary[chosen & (summary["aggregate"] == aggregate)]
-
-
-def _headline(rows: pd.DataFrame) -> list[dict[str, Any]]:
-    names = ("label", "metric", "value", "effect", "normalized", "ci_low", "ci_high", "p_adjusted", "n", "verdict")
-    return [{name: None if row[name] is pd.NA else row[name] for name in names} for row in rows.to_dict("records")]
-
-
-def _maps(
-    prepared: Prepared, summary: pd.DataFrame, sweep: tables.Sweep, tokens: dict[str, list[str]]
-) -> Iterator[tuple[str, Heatmap]]:
-    options, source = prepared.bound.options, prepared.loaded.config
-    direction = "causal tracing" if options.tracing else f"{options.direction}, source {options.source}"
-    meaning = {
-        "denoise": "0: no effect, 1: the clean answer is fully restored.",
-        "noise": "0: no effect, 1: the clean answer is fully broken.",
-    }
-    return pictures.heatmaps(
-        summary,
-        sweep.specs,
-        prepared.prompts,
-        tokens,
-        metric=sweep.metrics[0],
-        normalised=sweep.other is not None,
-        title=f"{prepared.prompts.task}, {direction}",
-        subtitle=f"{source.model.id}, {sweep.metrics[0]}, {len(prepared.prompts.prompts)} prompts",
-        normalization=meaning[options.direction] if sweep.other is not None else "Change of the metric.",
-    )
-
-
-def _warnings(prepared: Prepared, proof: Proof, sweep: tables.Sweep) -> list[str]:
+def _warnings(prepared: Prepared, sweep: tables.Sweep) -> list[str]:
     """What a reader of the numbers must know."""
     warnings = list(dict.fromkeys(sweep.warnings))
+    for metric, name in enumerate(sweep.metrics):
+        status = sweep.observe(metric, prepared.loaded.config.stats).status
+        if count := int((status == Status.UNDEFINED).any(0).sum()):
+            prompts = f"on {count} of {status.shape[1]} prompts"
+            warnings.append(f"{name}: the two streams hardly differ {prompts}; nothing normalises their effects")
     if prepared.prompts.dropped:
         reasons = pd.Series([d.reason for d in prepared.prompts.dropped]).value_counts()
         warnings += [f"{count} prompts dropped: {reason}" for reason, count in reasons.items()]
-    if proof.run_dtype_deviation is not None:
-        noise = proof.noise * proof.scale
-        warnings.append(
-            f"{prepared.model.source.dtype} moves logits by {noise:.2g} between implementations: "
-            "smaller effects on logits are noise"
-        )
-    if proof.routing_flips:
-        warnings.append(
-            f"rounding to {prepared.model.source.dtype} sent tokens to other experts on {proof.routing_flips} of "
-            f"{proof.trials} proof trials; in float32 they agree"
-        )
-    if proof.rejected:
-        warnings += [f"executor {name} was not used: {reason}" for name, reason in proof.rejected.items()]
     return warnings
 
 
-def _proof_note(proof: Proof) -> str:
-    return (
-        f"proved: executor {proof.executor} agrees with plain hooks to {proof.deviation:.1e} of the logits' scale "
-        f"({proof.tolerance:.0e} allowed) on {proof.trials} trials of {proof.length} tokens"
-    )
+def _proof_warnings(prepared: Prepared, proof: Proof) -> list[str]:
+    """What the proof found that a reader of the numbers must know."""
+    warnings = []
+    dtype = prepared.model.source.dtype
+    if proof.run_dtype_deviation is not None:
+        noise = f"{proof.noise * proof.scale:.2g}"
+        warnings.append(f"{dtype} moves logits by {noise} between implementations: smaller effects on logits are noise")
+    if proof.routing_flips:
+        warnings.append(
+            f"rounding to {dtype} sent tokens to other experts on {proof.routing_flips} of {proof.trials} proof "
+            "trials; in float32 they agree"
+        )
+    return warnings + [f"executor {name} was not used: {reason}" for name, reason in proof.rejected.items()]
 
 
 def dry_run(loaded: LoadedConfig) -> dict[str, Any]:

@@ -51,6 +51,18 @@ class RunDirectory:
         return folder
 
 
+def find_run(path: Path) -> Path:
+    """Make sure that a path is a run directory.
+
+    Raises:
+        UserError: It is not.
+    """
+    if not (path / "manifest.json").is_file():
+        problem = "no such folder" if not path.exists() else "this is no run directory: it has no manifest.json"
+        raise UserError(f"{path}: {problem}", "Give the path that a run printed; `mechinterp runs` lists them.")
+    return path
+
+
 _OTHER_FOLDER = "Choose another folder with --out, or `output.dir` in the config."
 
 

@@ -101,7 +101,9 @@ class Lock:
         found = _read(self.path)
         if found is None or found.token != self.mine.token:
             who = "is gone" if found is None else f"was taken over by process {found.pid} on {found.host}"
-            raise RunError(f"{self.path}: the lock of this run {who}", "Nothing more was written; look who works on it.")
+            raise RunError(
+                f"{self.path}: the lock of this run {who}", "Nothing more was written; look who works on it."
+            )
 
     def beat(self, stop: threading.Event) -> None:
         """Give a sign of life every few seconds, until told to stop or the lock is gone."""

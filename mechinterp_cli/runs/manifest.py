@@ -51,14 +51,21 @@ class Manifest:
     """When the run last gave a sign of life."""
     finished: str | None = None
     duration_seconds: float | None = None
+    """Of all processes that worked on the run together."""
     pid: int = field(default_factory=os.getpid)
     host: str = field(default_factory=platform.node)
+    resumed: list[dict[str, Any]] = field(default_factory=list)
+    """Of every process that went on with the run: when, where, after what, with how many units done."""
     model: dict[str, Any] = field(default_factory=dict)
     """Id, revision, sha256 of weight files and tokenizer, dtype, anatomy."""
     task: dict[str, Any] = field(default_factory=dict)
     """Name, hash, prompt count, what was dropped, `add_bos`, `chat_template`."""
     engine: dict[str, Any] = field(default_factory=dict)
     """Executor, proof, plan, halvings after out-of-memory."""
+    determinism: dict[str, Any] = field(default_factory=dict)
+    """Whether only algorithms that repeat their bits were used, and the settings that decide it."""
+    display: dict[str, str] = field(default_factory=dict)
+    """What pictures and the terminal say of the run: `title`, and what 0 and 1 mean (`scale`)."""
     seeds: dict[str, int] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     git: dict[str, Any] | None = None
@@ -102,6 +109,20 @@ class Manifest:
         if status not in _STATUSES:
             raise RunError(f"{source}: unknown status {status!r}", "The manifest was changed by hand or damaged.")
         return manifest
+
+    def begin_again(self, command: list[str]) -> None:
+        """Note that another process goes on with the run: this one."""
+        self.resumed.append(
+            {
+                "started": utc_now(),
+                "after": self.status,
+                "units_done": self.units_done,
+                "pid": os.getpid(),
+                "host": platform.node(),
+                "command": command,
+            }
+        )
+        self.status, self.error, self.finished = "running", None, None
 
     def write(self, folder: Path) -> None:
         """Write `manifest.json` into a run directory, atomically.

@@ -4,7 +4,7 @@ import contextlib
 import logging
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,14 +15,14 @@ from mechinterp_cli.errors import RunError
 from mechinterp_cli.runs import environment
 from mechinterp_cli.runs.atomic import FileInfo, file_info, write_bytes
 from mechinterp_cli.runs.directory import RunDirectory, check_writable
+from mechinterp_cli.runs.lock import Lock, hold
 from mechinterp_cli.runs.log import PACKAGE, logging_to
 from mechinterp_cli.runs.manifest import Manifest, Status, utc_now
 from mechinterp_cli.runs.schema import TableData, validate
 from mechinterp_cli.runs.signals import Terminated, stop_requests
 from mechinterp_cli.runs.store import UnitStore
-from mechinterp_cli.runs.tables import write_csv, write_parquet
+from mechinterp_cli.runs.tables import AUTO_CSV_ROWS, Formats, chosen_formats, write_csv, write_parquet
 
-_HEARTBEAT_SECONDS = 10.0
 _LOG = logging.getLogger(PACKAGE)
 
 
@@ -32,10 +32,13 @@ class RunRecorder:
 
     directory: RunDirectory
     manifest: Manifest
-    formats: Sequence[str] = ("parquet", "csv")
+    lock: Lock
+    """That nobody else works on the run."""
+    formats: Formats = "auto"
     """Formats of the tables that are written in more than one."""
+    _earlier: float = 0.0
+    """Seconds that processes before this one took."""
     _started: float = field(default_factory=time.monotonic)
-    _beat: float = 0.0
 
     @property
     def path(self) -> Path:
@@ -57,29 +60,31 @@ class RunRecorder:
             self.manifest.warnings.append(text)
 
     def units_done(self, done: int, total: int) -> None:
-        """Say how far the run is; written to disk every few seconds, as its heartbeat.
+        """Say on disk how far the run is.
 
         Args:
             done: Finished work units.
             total: All work units.
+
+        Raises:
+            RunError: Another process has taken the run over.
         """
         self.manifest.units_done, self.manifest.units_total = done, total
-        if time.monotonic() - self._beat >= _HEARTBEAT_SECONDS:
-            self.save()
+        self.lock.check()
+        self.save()
 
     def save(self) -> None:
         """Write the manifest as it stands; call it after filling in what was found out (model, plan, proof)."""
-        self._beat = time.monotonic()
         self.manifest.heartbeat = utc_now()
         self.manifest.write(self.path)
 
-    def write_table(self, table: str, data: TableData, *, formats: Sequence[str] = ("parquet",)) -> pa.Table:
+    def write_table(self, table: str, data: TableData, *, formats: Formats = ("parquet",)) -> pa.Table:
         """Check a table against its schema and write it.
 
         Args:
             table: `trials`, `results`, ... (see `runs.schema`).
             data: The rows, in any form `runs.schema.validate` takes.
-            formats: `parquet`, `csv` or both.
+            formats: `parquet`, `csv` or both; `auto` leaves CSV out of huge tables, and warns.
 
         Returns:
             The table as written.
@@ -89,7 +94,11 @@ class RunRecorder:
         """
         checked = validate(table, data, self.manifest.subcommand)
         writers = {"parquet": write_parquet, "csv": write_csv}
-        for form in formats:
+        chosen = chosen_formats(formats, checked.num_rows)
+        if formats == "auto" and "csv" not in chosen:
+            ask = "`output.formats: [parquet, csv]` writes one"
+            self.warn(f"{table}: no CSV of {checked.num_rows:,} rows (more than {AUTO_CSV_ROWS:,}); {ask}")
+        for form in chosen:
             self._note(f"{table}.{form}", writers[form](checked, self.path / f"{table}.{form}"))
         return checked
 
@@ -122,7 +131,7 @@ class RunRecorder:
         manifest = self.manifest
         manifest.status, manifest.error = status, error
         manifest.finished = utc_now()
-        manifest.duration_seconds = round(time.monotonic() - self._started, 3)
+        manifest.duration_seconds = round(self._earlier + time.monotonic() - self._started, 3)
         manifest.peak_memory_bytes = environment.peak_memory_bytes()
         log = self.path / "log.jsonl"
         if log.exists():
@@ -156,19 +165,56 @@ def record(
     check_writable(root)
     with stop_requests():
         # All that takes time comes before the directory is made: from then on, whatever stops the run is recorded.
-        manifest = _first_manifest(loaded, ["mechinterp", *sys.argv[1:]] if command is None else command)
+        manifest = _first_manifest(loaded, _command() if command is None else command)
         directory = RunDirectory.create(root, config.method_name, config.name)
-        recorder = RunRecorder(directory, manifest, config.output.formats)
-        with _ending_recorded(recorder):
-            recorder.save()
-            with logging_to(directory.path / "log.jsonl", recorder.keep_warning) as log:
-                recorder.write_file("config.yaml", loaded.source)
-                recorder.write_file("config.resolved.yaml", loaded.resolved_yaml().encode())
-                _LOG.info("run %s", directory.path.name)
-                with _logged():
-                    yield recorder
-                if log.failure is not None:
-                    raise RunError(f"{log.path}: cannot be written: {log.failure.strerror}", "Free space there.")
+        with hold(directory.path) as lock:
+            recorder = RunRecorder(directory, manifest, lock, config.output.formats)
+            files = {"config.yaml": loaded.source, "config.resolved.yaml": loaded.resolved_yaml().encode()}
+            with _recorded(recorder, files), _logged():
+                yield recorder
+
+
+@contextlib.contextmanager
+def reopen(path: Path, lock: Lock, formats: Formats) -> Iterator[RunRecorder]:
+    """Go on with a run that did not come to its end, and write into its manifest how the block ended.
+
+    Args:
+        path: The run directory.
+        lock: Its lock, which the caller holds.
+        formats: As `RunRecorder.formats`.
+
+    Yields:
+        The recorder.
+
+    Raises:
+        RunError: As `record`.
+    """
+    for left_behind in path.rglob(".*.tmp"):  # by a process that was killed while it wrote
+        left_behind.unlink(missing_ok=True)
+    manifest = Manifest.read(path)
+    earlier = manifest.duration_seconds or 0.0
+    manifest.begin_again(_command())
+    recorder = RunRecorder(RunDirectory(path), manifest, lock, formats, earlier)
+    with stop_requests(), _recorded(recorder, {}), _logged():
+        yield recorder
+
+
+def _command() -> list[str]:
+    return ["mechinterp", *sys.argv[1:]]
+
+
+@contextlib.contextmanager
+def _recorded(recorder: RunRecorder, files: Mapping[str, bytes]) -> Iterator[None]:
+    """Log, and record how the block ended; a directory with a manifest has these files."""
+    with _ending_recorded(recorder):
+        for name, data in files.items():
+            recorder.write_file(name, data)
+        recorder.save()
+        with logging_to(recorder.path / "log.jsonl", recorder.keep_warning) as log:
+            _LOG.info("run %s", recorder.path.name)
+            yield
+            if log.failure is not None:
+                raise RunError(f"{log.path}: cannot be written: {log.failure.strerror}", "Free space there.")
 
 
 def _first_manifest(loaded: LoadedConfig, command: Sequence[str]) -> Manifest:

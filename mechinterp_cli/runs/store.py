@@ -2,7 +2,6 @@
 
 import contextlib
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from mechinterp_cli.errors import RunError
 from mechinterp_cli.runs.atomic import FileInfo
 from mechinterp_cli.runs.tables import read_parquet, write_parquet
 
-_UNIT = re.compile(r"([0-9]{4,})\.parquet")
+_UNIT = re.compile(r"([0-9a-z-]+)\.parquet")
 
 
 @dataclass(frozen=True)
@@ -21,15 +20,15 @@ class UnitStore:
 
     folder: Path
 
-    def path(self, unit: int) -> Path:
+    def path(self, unit: str) -> Path:
         """Give the file of a unit."""
-        return self.folder / f"{unit:04d}.parquet"
+        return self.folder / f"{unit}.parquet"
 
-    def write(self, unit: int, table: pa.Table) -> FileInfo:
+    def write(self, unit: str, table: pa.Table) -> FileInfo:
         """Save a finished unit, atomically.
 
         Args:
-            unit: Its place in the plan, from 0.
+            unit: Its key: lower-case letters, digits and `-`.
             table: Its values.
 
         Raises:
@@ -41,24 +40,20 @@ class UnitStore:
             raise RunError(f"{self.folder}: cannot be made: {error.strerror or error}", "Check the folder.") from error
         return write_parquet(table, self.path(unit))
 
-    def finished(self) -> list[int]:
+    def finished(self) -> list[str]:
         """List the units that are saved, in order; temporaries of a killed run are not among them."""
         if not self.folder.is_dir():
             return []
         matches = (_UNIT.fullmatch(path.name) for path in self.folder.iterdir())
-        return sorted(int(match[1]) for match in matches if match)
+        return sorted(match[1] for match in matches if match)
 
-    def read(self, unit: int) -> pa.Table:
+    def read(self, unit: str) -> pa.Table:
         """Read a unit back, checked.
 
         Raises:
             RunError: It is missing or damaged.
         """
         return read_parquet(self.path(unit))
-
-    def read_all(self) -> Iterator[pa.Table]:
-        """Read every saved unit, in order."""
-        return (self.read(unit) for unit in self.finished())
 
     def remove(self) -> None:
         """Delete all units and what a killed run may have left beside them.

@@ -18,6 +18,8 @@ IntervalMethod = Literal["bca", "studentized"]
 
 CHUNK_BYTES = 8 << 20
 """Size of one `[trials, draws]` array; about ten are alive at once."""
+ALIKE = 1e-6
+"""A draw whose standard error is this share of the sample's, or less, holds one unit over and over."""
 
 
 @dataclass(frozen=True)
@@ -148,14 +150,21 @@ def _studentized(sample: _Sample, levels: Sequence[float]) -> tuple[Floats, Floa
     deviations = sample.deviations
     errors = _standard_errors(sample, sample.weights, deviations)
     own = _standard_errors(sample, np.ones((1, sample.units.count)), np.zeros((len(deviations), 1)))[:, 0]
+    # A draw of one unit over and over has no error of its own: its ratio has no bound, and an interval that reaches
+    # as far as such draws has no end (NaN).
+    alike = errors <= ALIKE * own[:, None]
     with np.errstate(invalid="ignore", divide="ignore"):
-        ratios = np.where(errors > 0, deviations / errors, np.sign(deviations) * 1e9)
+        ratios = np.where(alike, np.where(deviations == 0, 0.0, np.copysign(np.inf, deviations)), deviations / errors)
     ordered = np.sort(ratios, axis=1)
     tail = (1 - np.asarray(levels)) / 2
     flat = np.ones(len(ordered))
-    low = np.stack([_quantiles(ordered, flat * (1 - t)) for t in tail])
-    high = np.stack([_quantiles(ordered, flat * t) for t in tail])
-    return sample.estimate - low * own, sample.estimate - high * own
+    with np.errstate(invalid="ignore"):
+        low, high = (
+            np.where(own > 0, np.stack([_quantiles(ordered, flat * at) for at in places]) * own, 0.0)
+            for places in (1 - tail, tail)
+        )
+    bounded = np.isfinite(low) & np.isfinite(high)
+    return np.where(bounded, sample.estimate - low, np.nan), np.where(bounded, sample.estimate - high, np.nan)
 
 
 def _standard_errors(sample: _Sample, weights: Floats, deviations: Floats) -> Floats:
