@@ -92,7 +92,8 @@ def misfit(record: Any) -> str | None:
     Returns:
         `started: 5 is not text` or the like; None where all is well.
     """
-    hints = _hints(type(record))
+    kind: Any = type(record)
+    hints = _hints(kind)
     for item in dataclasses.fields(record):
         value, hint = getattr(record, item.name), hints[item.name]
         if not _fits(value, hint):
@@ -104,7 +105,7 @@ _SHOWN = 60
 
 
 @functools.cache
-def _hints(record: type) -> dict[str, Any]:
+def _hints(record: Any) -> dict[str, Any]:
     return get_type_hints(record)
 
 
@@ -122,7 +123,7 @@ def _fits(value: Any, hint: Any) -> bool:
     if origin is dict:
         return isinstance(value, dict) and all(_fits(item, inner[1]) for item in value.values())
     if dataclasses.is_dataclass(hint):
-        return isinstance(value, hint) and misfit(value) is None
+        return type(value) is hint and misfit(value) is None
     return isinstance(value, _NUMBERS.get(hint, hint)) and (hint is bool or not isinstance(value, bool))
 
 
