@@ -47,7 +47,9 @@ def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[ModuleType
     import mechinterp_cli.cli.patch as command
     import mechinterp_cli.methods as package
     from mechinterp_cli.cli.options import execute
+    from mechinterp_cli.cli.registry import register_all
 
+    register_all()  # whatever imports the real module has done so before the other one stands there
     monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setattr(package, "run", module, raising=False)
     monkeypatch.setattr(command, "execute", lambda method, *rest: execute("fake", *rest))

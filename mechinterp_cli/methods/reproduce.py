@@ -8,14 +8,15 @@ import torch
 
 from mechinterp_cli.config.loader import LoadedConfig, load_config
 from mechinterp_cli.errors import UserError
+from mechinterp_cli.methods import run as running
 from mechinterp_cli.methods.resume import recorded_plan
-from mechinterp_cli.methods.run import run_experiment
 from mechinterp_cli.runs.atomic import file_info
 from mechinterp_cli.runs.changes import changes, environment_changes
 from mechinterp_cli.runs.differences import KEYS, TOLERANCES, Difference, Tolerance, table_differences
 from mechinterp_cli.runs.directory import find_run
 from mechinterp_cli.runs.manifest import Manifest
 from mechinterp_cli.runs.outcome import Progress
+from mechinterp_cli.runs.reading import read_manifest
 from mechinterp_cli.runs.tables import read_parquet
 
 DIFFERENT_EVERY_TIME = ("log.jsonl", "config.yaml")
@@ -49,7 +50,7 @@ def recorded_experiment(path: Path, overrides: Sequence[str] = ()) -> tuple[Mani
     Raises:
         UserError: It is no run, it is not complete, or its config is not the recorded one.
     """
-    manifest = Manifest.read(find_run(path))
+    manifest = read_manifest(find_run(path))
     if manifest.status != "complete":
         raise UserError(f"{path}: the run is {manifest.status}, not complete", f"Run: mechinterp resume {path}")
     source = path / "config.resolved.yaml"
@@ -88,7 +89,8 @@ def reproduce(
     surroundings = environment_changes(manifest, torch.get_num_threads())
     surroundings += changes(manifest.config, loaded.config.resolved())
     same = loaded.config.sha256 == manifest.config_sha256
-    outcome = run_experiment(loaded, out=out, progress=progress, recorded=recorded_plan(manifest) if same else None)
+    plan = recorded_plan(manifest) if same else None
+    outcome = running.run_experiment(loaded, out=out, progress=progress, recorded=plan)
     repeated = Manifest.read(outcome.path)
     surroundings += changes(manifest.model, repeated.model, "model") + changes(manifest.task, repeated.task, "task")
     tolerance = _tolerance(manifest, repeated, atol, rtol)

@@ -12,14 +12,15 @@ from mechinterp_cli.config.loader import LoadedConfig, load_config
 from mechinterp_cli.engine.determinism import deterministic
 from mechinterp_cli.engine.plan import Plan
 from mechinterp_cli.errors import UserError
+from mechinterp_cli.methods import run as running
 from mechinterp_cli.methods.prepare import Prepared, prepare
-from mechinterp_cli.methods.run import carry_out, describe_model, describe_task
 from mechinterp_cli.report.view import read_outcome
 from mechinterp_cli.runs.changes import changes, version_changes
 from mechinterp_cli.runs.directory import find_run
 from mechinterp_cli.runs.lock import hold
 from mechinterp_cli.runs.manifest import Manifest
 from mechinterp_cli.runs.outcome import Progress, RunOutcome
+from mechinterp_cli.runs.reading import read_manifest
 from mechinterp_cli.runs.recorder import reopen
 from mechinterp_cli.runs.signals import stop_requests
 
@@ -42,7 +43,7 @@ def resume_experiment(path: Path, *, progress: Progress, given: LoadedConfig | N
     """
     find_run(path)
     with stop_requests(), hold(path) as lock:
-        manifest = Manifest.read(path)
+        manifest = read_manifest(path)
         if manifest.status == "complete":
             told = read_outcome(path)
             return replace(told, notes=("this run is complete; nothing was computed", *told.notes))
@@ -53,7 +54,7 @@ def resume_experiment(path: Path, *, progress: Progress, given: LoadedConfig | N
             prepared = prepare(loaded, progress)
             _refuse_other_inputs(path, manifest, prepared)
             with reopen(path, lock, loaded.config.output.formats) as run:
-                return carry_out(run, prepared, progress, recorded_plan(manifest))
+                return running.carry_out(run, prepared, progress, recorded_plan(manifest))
 
 
 def recorded_config(path: Path) -> LoadedConfig:
@@ -75,8 +76,8 @@ def _refuse_other_inputs(path: Path, manifest: Manifest, prepared: Prepared) -> 
     """Refuse another model or other prompts than those the run began with."""
     if not manifest.model:  # it was stopped before it wrote down what it had loaded
         return
-    _refuse(path, "model", changes(manifest.model, describe_model(prepared)))
-    _refuse(path, "task", changes(manifest.task, describe_task(prepared)))
+    _refuse(path, "model", changes(manifest.model, running.describe_model(prepared)))
+    _refuse(path, "task", changes(manifest.task, running.describe_task(prepared)))
 
 
 def _refuse(path: Path, what: str, found: list[str]) -> None:

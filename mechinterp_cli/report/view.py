@@ -13,6 +13,7 @@ from mechinterp_cli.report.terminal import strongest, strongest_table, terminal_
 from mechinterp_cli.runs.directory import find_run
 from mechinterp_cli.runs.manifest import Manifest
 from mechinterp_cli.runs.outcome import RunOutcome
+from mechinterp_cli.runs.reading import read_manifest
 from mechinterp_cli.runs.tables import read_parquet, to_frame
 
 HEADLINE = ("label", "metric", "value", "effect", "normalized", "ci_low", "ci_high", "p_adjusted", "n", "verdict")
@@ -87,7 +88,7 @@ def read_outcome(path: Path) -> RunOutcome:
         UserError: It is no run directory, or the run never came to a summary.
         RunError: A table is damaged.
     """
-    manifest = Manifest.read(find_run(path))
+    manifest = read_manifest(find_run(path))
     if not (path / "summary.parquet").exists():
         remedy = f"Go on with it: mechinterp resume {path}" if manifest.status != "complete" else "Run it again."
         raise UserError(f"{path}: the run is {manifest.status} and has no summary to show", remedy)

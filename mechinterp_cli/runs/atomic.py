@@ -21,7 +21,9 @@ class FileInfo:
     """What the manifest says of a file."""
 
     sha256: str
+    """In hexadecimal."""
     bytes: int
+    """Its size."""
     rows: int | None = None
     """Rows of a table; None for other files."""
 

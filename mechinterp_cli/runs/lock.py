@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import secrets
+import stat
 import threading
 import time
 from collections.abc import Iterator
@@ -28,6 +29,7 @@ HEARTBEAT_SECONDS = 10.0
 SILENT_SECONDS = 120.0
 """A holder on another host that has been silent for so long is dead."""
 _ATTEMPTS = 50
+_MOST_BYTES = 4096
 _PAUSE_SECONDS = 0.02
 
 
@@ -179,13 +181,13 @@ def _remove_dead(path: Path, dead: Holder) -> None:
 def _read(path: Path) -> Holder | None:
     """Who a lock names; None without a lock. One that cannot be read names nobody, and is judged by its age."""
     try:
-        modified = path.stat().st_mtime
-        data: Any = json.loads(path.read_text(encoding="utf-8"))
+        status = path.stat()
+        data: Any = json.loads(path.read_bytes()[:_MOST_BYTES]) if stat.S_ISREG(status.st_mode) else None
     except OSError:
         return None
-    except ValueError:
+    except (ValueError, RecursionError):
         data = None
-    beat = _utc(modified)
+    beat = _utc(status.st_mtime)
     try:
         return Holder(data["token"], data["host"], int(data["pid"]), data["born"], data["started"], beat)
     except (TypeError, KeyError, ValueError):

@@ -34,26 +34,37 @@ class Manifest:
     """
 
     subcommand: str
+    """Which method: `patch`."""
     name: str
+    """The run's name in the config."""
     config: dict[str, Any]
     """Resolved: every default filled in."""
     config_sha256: str
+    """Hash of the resolved config; equal for equal experiments, however the file was written."""
     command: list[str] = field(default_factory=list)
     """The command line."""
     overrides: list[str] = field(default_factory=list)
+    """`--set` texts, in order."""
     schema_version: int = SCHEMA_VERSION
+    """Of the manifest itself."""
     mechinterp_version: str = mechinterp_cli.__version__
+    """The version that began the run."""
     status: Status = "running"
+    """How the run stands; `running` without a living holder of the lock means that it crashed."""
     error: str | None = None
     """Why the run failed or was interrupted."""
     started: str = field(default_factory=utc_now)
+    """UTC, ISO 8601."""
     heartbeat: str = field(default_factory=utc_now)
     """When the run last gave a sign of life."""
     finished: str | None = None
+    """UTC; null while it runs, and where it crashed."""
     duration_seconds: float | None = None
     """Of all processes that worked on the run together."""
     pid: int = field(default_factory=os.getpid)
+    """The process that began the run."""
     host: str = field(default_factory=platform.node)
+    """The machine that it began on."""
     resumed: list[dict[str, Any]] = field(default_factory=list)
     """Of every process that went on with the run: when, where, after what, with how many units done."""
     model: dict[str, Any] = field(default_factory=dict)
@@ -67,15 +78,23 @@ class Manifest:
     display: dict[str, str] = field(default_factory=dict)
     """What pictures and the terminal say of the run: `title`, and what 0 and 1 mean (`scale`)."""
     seeds: dict[str, int] = field(default_factory=dict)
+    """Every seed by what it draws."""
     versions: dict[str, str] = field(default_factory=dict)
+    """Python and every package that bears on the numbers."""
     git: dict[str, Any] | None = None
+    """Commit and dirtiness of the folder that the run was started in; null outside a work tree."""
     hardware: dict[str, Any] = field(default_factory=dict)
+    """System, processor, cores, memory in bytes, device, threads."""
     peak_memory_bytes: int | None = None
+    """Largest resident memory of the last process that worked on it."""
     units_done: int = 0
+    """Work units that are saved."""
     units_total: int | None = None
+    """Work units that the plan has; null before there is one."""
     outputs: dict[str, FileInfo] = field(default_factory=dict)
     """File name within the run directory to its hash, size and rows."""
     warnings: list[str] = field(default_factory=list)
+    """What a reader of the numbers must know, each once."""
 
     def to_json(self) -> str:
         """Write as JSON text."""
