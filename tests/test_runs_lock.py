@@ -1,5 +1,6 @@
 """One process works on a run; the dead are found out, the living are left alone."""
 
+import errno
 import json
 import os
 import subprocess
@@ -156,3 +157,12 @@ def test_of_many_that_take_over_from_the_dead_one_wins(tmp_path: Path) -> None:
 def test_a_folder_that_is_gone_is_said(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="cannot be made: No such file"), hold(tmp_path / "gone"):
         pytest.fail("nothing to hold")
+
+
+def test_a_folder_that_cannot_be_written_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> int:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(RunError, match="cannot be made: Read-only file system"), hold(tmp_path):
+        pytest.fail("nothing can be held")

@@ -10,7 +10,9 @@ import torch
 
 @contextmanager
 def deterministic(wanted: bool) -> Iterator[None]:
-    """Use only algorithms that repeat their bits (and no TF32), and put the settings back.
+    """Use algorithms that repeat their bits (and no TF32), and put the settings back.
+
+    Where PyTorch has none for an operation, it warns and goes on; a run puts the warning into its manifest.
 
     Args:
         wanted: False leaves everything as it is.
@@ -21,18 +23,19 @@ def deterministic(wanted: bool) -> Iterator[None]:
     # cuBLAS reads this when its handle is made, so it must stand before the first CUDA call
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     before = torch.are_deterministic_algorithms_enabled()
+    only_warn = torch.is_deterministic_algorithms_warn_only_enabled()
     memory: Any = torch.utils.deterministic  # a module whose attribute is a property, which mypy does not see
     fill = memory.fill_uninitialized_memory
     precision = torch.get_float32_matmul_precision()
     convolutions = torch.backends.cudnn.allow_tf32
-    torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(True, warn_only=True)
     memory.fill_uninitialized_memory = False  # nothing uninitialised is read; filling costs time
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before)
+        torch.use_deterministic_algorithms(before, warn_only=only_warn)
         memory.fill_uninitialized_memory = fill
         torch.set_float32_matmul_precision(precision)
         torch.backends.cudnn.allow_tf32 = convolutions

@@ -33,12 +33,12 @@ from mechinterp_cli.report.heatmap import render_png, render_svg
 from mechinterp_cli.report.view import View, outcome, view_of
 from mechinterp_cli.runs.outcome import Progress, RunOutcome, SilentProgress
 from mechinterp_cli.runs.recorder import RunRecorder, record
-from mechinterp_cli.runs.tables import to_frame
+from mechinterp_cli.runs.tables import chosen_formats, to_frame
 from mechinterp_cli.stats import Status
 from mechinterp_cli.tasks.rows import content_hash, describe, prompt_rows
 
-RESULT_ROW_BYTES = 60
-"""About what one row of results takes in Parquet and CSV together, for `--dry-run`."""
+RESULT_ROW_BYTES = {"parquet": 20, "csv": 140}
+"""About what one row of results takes, for `--dry-run`."""
 
 
 def run_experiment(
@@ -257,20 +257,22 @@ def dry_run(loaded: LoadedConfig) -> dict[str, Any]:
     plan = _plan(prepared, executor)
     costs = [cost(model, anatomy, work, executor) for work in prepared.works]
     total = sum(costs[1:], costs[0])
-    observations = int((prepared.status != 4).sum()) * prepared.bound.draws * len(loaded.config.metrics)
+    output = loaded.config.output
+    observations = int((prepared.status != Status.ABSENT).sum()) * prepared.bound.draws * len(loaded.config.metrics)
+    rows = observations if output.rows == "all" else 0
     return {
         "executor": f"{executor}, if it proves itself",
         "trials": len(prepared.bound.specs),
         "prompts": len(prepared.prompts.prompts),
         "computed": total.items,
-        "trivial": int((prepared.status == 1).sum()) * prepared.bound.draws,
+        "trivial": int((prepared.status == Status.TRIVIAL).sum()) * prepared.bound.draws,
         "units": len(plan.units),
         "rows": total.rows,
         "flops": total.flops,
         "bytes": total.bytes,
         "seconds": round(total.flops / matmul_rate(device_of(model)), 1),
-        "result_rows": observations if loaded.config.output.rows == "all" else 0,
-        "result_bytes": observations * RESULT_ROW_BYTES if loaded.config.output.rows == "all" else 0,
+        "result_rows": rows,
+        "result_bytes": rows * sum(RESULT_ROW_BYTES[form] for form in chosen_formats(output.formats, rows)),
         "sites": list(anatomy.sites),
         "first_prompt": describe(prepared.prompts.prompts[0], prepared.model.tokenizer).lines(),
     }
