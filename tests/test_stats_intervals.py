@@ -128,3 +128,13 @@ def test_draws_keep_the_size_of_every_stratum_and_the_seed_decides() -> None:
     assert (weights[:, 3:].sum(1) == 5).all()
     assert (weights == draw_weights(units, draws=50, seed=1)).all()
     assert (weights != draw_weights(units, draws=50, seed=2)).any()
+
+
+def test_an_interval_that_reaches_draws_of_one_unit_over_and_over_has_no_end() -> None:
+    effects = np.random.default_rng(2).normal(1e-8, 1e-8, (1, 12))
+    for count, bounded in ((3, False), (12, True)):
+        units = choose_units(np.arange(count))
+        weights = draw_weights(units, draws=2000, seed=0)
+        found = ratio_intervals(effects[:, :count], np.ones(count), units, weights, method="studentized")
+        assert np.isfinite(found.low[0, 0]) == np.isfinite(found.high[0, 0]) == bounded
+        assert not bounded or abs(found.high[0, 0]) < 1e-6

@@ -20,6 +20,8 @@ CHUNK_BYTES = 8 << 20
 """Size of one `[trials, draws]` array; about ten are alive at once."""
 ALIKE = 1e-6
 """A draw whose standard error is this share of the sample's, or less, holds one unit over and over."""
+ROUNDING = 1e-13
+"""A standard error of this share of the estimate, or less, is none."""
 
 
 @dataclass(frozen=True)
@@ -150,6 +152,7 @@ def _studentized(sample: _Sample, levels: Sequence[float]) -> tuple[Floats, Floa
     deviations = sample.deviations
     errors = _standard_errors(sample, sample.weights, deviations)
     own = _standard_errors(sample, np.ones((1, sample.units.count)), np.zeros((len(deviations), 1)))[:, 0]
+    own = np.where(own > ROUNDING * np.abs(sample.estimate), own, 0.0)
     # A draw of one unit over and over has no error of its own: its ratio has no bound, and an interval that reaches
     # as far as such draws has no end (NaN).
     alike = errors <= ALIKE * own[:, None]
