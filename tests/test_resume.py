@@ -355,10 +355,13 @@ def wait_for(condition: Callable[[], object], process: "subprocess.Popen[bytes]"
         time.sleep(0.002)
 
 
-def killed_at_a_random_moment(generator: random.Random, out: str, seconds: float) -> Path:
+def killed_at_a_random_moment(generator: random.Random, out: str, seconds: float, *, in_the_sweep: bool) -> Path:
+    """Kill a run at any time after its manifest is there, or after any of its first units."""
+    units = generator.randrange(UNITS) if in_the_sweep else 0
     with start("patch", "c.yaml", "--out", out) as process:
         wait_for(lambda: list(Path(out).glob("*/manifest.json")), process)
-        time.sleep(generator.uniform(0, seconds))
+        wait_for(lambda: len(list(Path(out).glob("*/units/*.parquet"))) >= units, process)
+        time.sleep(0 if in_the_sweep else generator.uniform(0, seconds))
         process.kill()
     return only_run(out)
 
@@ -377,7 +380,7 @@ def test_killed_at_random_moments_it_ends_in_the_same_bytes(undisturbed: dict[st
     generator, seconds = random.Random(times), seconds_of_a_run()
     after = Counter[str]()
     for number in range(times):
-        run = killed_at_a_random_moment(generator, f"killed{number}", seconds)
+        run = killed_at_a_random_moment(generator, f"killed{number}", seconds, in_the_sweep=number % 2 == 0)
         manifest = Manifest.read(run)
         assert holder(run) is None
         after[manifest.status] += 1
