@@ -2,16 +2,22 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from mechinterp_cli.engine.early import forward_until
 from mechinterp_cli.engine.edits import Site
 from mechinterp_cli.engine.instrument import kinds_by_layer, read_sites, visiting
 from mechinterp_cli.models.anatomy import Anatomy, device_of
-from mechinterp_cli.models.walk import forward
+from mechinterp_cli.models.walk import first_tensor, forward
 
 TOKENS_PER_PASS = 8192
+LOSS_LOGITS_BYTES = 32 * 2**20
+"""Logits that are held at once while losses are taken."""
+UNEMBED_TOLERANCE = 1e-4
+"""Of the logits' scale, float32: how well the last hidden state alone must give the model's own logits."""
 
 
 @torch.no_grad()
@@ -35,6 +41,66 @@ def embeddings(model: nn.Module, anatomy: Anatomy, tokens: Tensor) -> Tensor:
     """What enters layer 0, [prompts, positions, d_model]."""
     site = Site("embed", 0)
     return read_sites(model, anatomy, {site}, lambda: forward(model, tokens.to(device_of(model)), last_only=True))[site]
+
+
+@torch.no_grad()
+def token_losses(model: nn.Module, anatomy: Anatomy, tokens: Tensor) -> Tensor:
+    """Cross-entropy of every next token, [prompts, positions − 1], nats, float64 on the CPU.
+
+    The logits of all positions are never held at once: the last layer's hidden states go through the model's own
+    norm and head chunk by chunk. Where that does not give the model's own logits (tried on the first prompt),
+    because the model looks back at earlier layers after the last one, whole passes are made instead.
+
+    Args:
+        model: The model, in evaluation mode.
+        anatomy: Its anatomy.
+        tokens: Ids [prompts, positions] of one length.
+    """
+    if tokens.shape[1] < 2 or not len(tokens):
+        return torch.zeros(len(tokens), max(0, tokens.shape[1] - 1), dtype=torch.float64)
+    if not _last_hidden_suffices(model, anatomy, tokens[:1]):
+        step = max(1, LOSS_LOGITS_BYTES // (tokens.shape[1] * anatomy.vocab_size * 4))
+        logits = ((forward(model, part.to(device_of(model))), part) for part in torch.split(tokens, step))
+        return torch.cat([_losses(seen[:, :-1].flatten(0, 1), part) for seen, part in logits])
+    step = max(1, TOKENS_PER_PASS // tokens.shape[1])
+    return torch.cat([_chunked_losses(model, anatomy, part) for part in torch.split(tokens, step)])
+
+
+def _chunked_losses(model: nn.Module, anatomy: Anatomy, tokens: Tensor) -> Tensor:
+    """Losses from the last hidden states, a few rows of logits at a time."""
+    hidden = last_hidden(model, anatomy, tokens)[:, :-1].flatten(0, 1)
+    rows = max(1, LOSS_LOGITS_BYTES // (anatomy.vocab_size * 4))
+    walker, following = anatomy.walker(model), tokens[:, 1:].flatten().to(hidden.device)
+    parts = zip(torch.split(hidden, rows), torch.split(following, rows), strict=True)
+    losses = [_cross_entropy(walker.unembed(states), wanted) for states, wanted in parts]
+    return torch.cat(losses).view(len(tokens), -1)
+
+
+def _losses(logits: Tensor, tokens: Tensor) -> Tensor:
+    return _cross_entropy(logits, tokens[:, 1:].flatten().to(logits.device)).view(len(tokens), -1)
+
+
+def _cross_entropy(logits: Tensor, wanted: Tensor) -> Tensor:
+    return torch.nn.functional.cross_entropy(logits.float(), wanted, reduction="none").double().cpu()
+
+
+def _last_hidden_suffices(model: nn.Module, anatomy: Anatomy, tokens: Tensor) -> bool:
+    native = forward(model, tokens.to(device_of(model)), last_only=True)[:, -1].float()
+    own = anatomy.walker(model).unembed(last_hidden(model, anatomy, tokens)[:, -1]).float()
+    eps = torch.finfo(next(model.parameters()).dtype).eps
+    return bool((own - native).abs().max() <= max(UNEMBED_TOLERANCE, 3 * eps) * native.abs().max())
+
+
+def last_hidden(model: nn.Module, anatomy: Anatomy, tokens: Tensor) -> Tensor:
+    """What leaves the last layer, [prompts, positions, d_model]; the pass ends there."""
+    seen: list[Tensor] = []
+
+    def keep(output: Any) -> bool:
+        seen.append(first_tensor(output))
+        return True
+
+    forward_until(model, tokens, model.get_submodule(anatomy.layers[-1].module), keep)
+    return seen[0]
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,0 +1,44 @@
+"""A forward pass that ends as soon as what it was run for is known."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mechinterp_cli.models.anatomy import device_of
+from mechinterp_cli.models.record import hooked
+from mechinterp_cli.models.walk import forward
+
+
+class _Stop(BaseException):
+    """Ends one pass; not an `Exception`, so that no model code takes it for a failure of its own."""
+
+
+@torch.no_grad()
+def forward_until(model: nn.Module, tokens: Tensor, module: nn.Module, done: Callable[[Any], bool]) -> None:
+    """Run the model on `tokens` and stop when `module` has returned and `done(its output)` is true.
+
+    The module ends as it always does, hooks of others included (those that move weights too). Exceptions of
+    anyone else pass through.
+
+    Args:
+        model: The model, in evaluation mode.
+        tokens: Ids [prompts, positions].
+        module: One of its modules.
+        done: Whether the pass may end; asked each time that the module returns.
+    """
+    stop = _Stop()
+
+    def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+        if done(output):
+            raise stop
+
+    with hooked([module.register_forward_hook(hook)]):
+        try:
+            forward(model, tokens.to(device_of(model)), last_only=True)
+        except _Stop as caught:
+            if caught is not stop:
+                raise
+        finally:
+            stop.__traceback__ = None  # its frames hold the pass's activations
