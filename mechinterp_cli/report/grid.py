@@ -42,6 +42,24 @@ class Panel:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ColourScale:
+    """Which values the colours stand for: white at the middle, red below it, blue above.
+
+    With `low` at the middle there is no red: white to blue.
+    """
+
+    low: float
+    middle: float
+    high: float
+
+    def share(self, value: float) -> float:
+        """Where a value lies between the middle (0) and either end (±1)."""
+        end = self.high if value >= self.middle else self.low
+        reach = abs(end - self.middle)
+        return max(-1.0, min(1.0, (value - self.middle) / reach)) if reach else 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
 class Heatmap:
     """One picture, whatever draws it."""
 
@@ -51,10 +69,17 @@ class Heatmap:
     quantity: str
     """What the colour stands for."""
     panels: tuple[Panel, ...]
+    scale: ColourScale | None = None
+    """Of all panels; where None, ± the largest magnitude about 0."""
+
+    @property
+    def colours(self) -> ColourScale:
+        """The one colour scale of all panels."""
+        return self.scale or ColourScale(low=-self.limit, middle=0.0, high=self.limit)
 
     @property
     def limit(self) -> float:
-        """Largest magnitude of any cell: the colour scale of every panel is ± this; 1 where nothing moved."""
+        """Largest magnitude of any cell; 1 where nothing moved."""
         found = [np.abs(panel.values[panel.status == "ok"]) for panel in self.panels]
         largest = max((float(values.max()) for values in found if len(values)), default=0.0)
         return largest or 1.0
@@ -112,7 +137,14 @@ def build_heatmap(summary: pd.DataFrame, spec: HeatmapSpec) -> Heatmap:
     strongest = [name for name in keys if name != "template"] if _groups(rows, keys) > MAX_PANELS else []
     keys = [name for name in keys if name not in strongest]
     panels = [
-        _panel(part, _panel_title(keys, key), column, layers, quantity, _tokens(spec, part))
+        build_panel(
+            part,
+            title=_panel_title(keys, key),
+            column=column,
+            layers=layers,
+            quantity=quantity,
+            tokens=_tokens(spec, part),
+        )
         for key, part in (rows.groupby(keys, dropna=False, sort=False) if keys else [((), rows)])
     ]
     return Heatmap(
@@ -169,14 +201,25 @@ def _caption(spec: HeatmapSpec, column: str | None, strongest: Sequence[str]) ->
     return " ".join(part for part in parts if part)
 
 
-def _panel(
+def build_panel(
     rows: pd.DataFrame,
+    *,
     title: str,
     column: str | None,
     layers: tuple[int, ...],
     quantity: str,
     tokens: Sequence[str],
 ) -> Panel:
+    """Arranges rows into one grid.
+
+    Args:
+        rows: With columns `layer`, `status`, that of the values, and that of the grid's columns.
+        title: What stands above the panel.
+        column: Which column of the frame the grid's columns are; None for a grid of one column.
+        layers: All layers of the picture, ascending.
+        quantity: Which column of the frame holds the values.
+        tokens: Decoded tokens by position, where the grid's columns are positions.
+    """
     keys = _column_keys(rows, column)
     values = np.full((len(layers), len(keys)), np.nan)
     status = np.full(values.shape, "absent", dtype=object)

@@ -1,23 +1,18 @@
 """Heat maps as PNG and SVG, drawn by Altair and vl-convert without a browser or a network."""
 
-import io
 import json
-import textwrap
+from functools import partial
 from typing import Any
 
 import altair as alt
 
-from mechinterp_cli.report.grid import Heatmap, Panel
-from mechinterp_cli.report.labels import show_text
+from mechinterp_cli.report.grid import ColourScale, Heatmap, Panel
+from mechinterp_cli.report.picture import COLOURS, PICTURE_WIDTH, Drawing, head_lines
 
-COLOURS = ("#b2182b", "#ef8a62", "#fddbc7", "#ffffff", "#d1e5f0", "#67a9cf", "#2166ac")
-"""ColorBrewer's red–blue, which the colour-blind can tell apart: white is 0, blue is positive."""
 STATE_COLOURS = {"trivial": "#e3e3e3", "undefined": "#8a8a8a", "nan": "#000000"}
 STATE_NAMES = {"trivial": "exactly 0 (trivial)", "undefined": "undefined", "nan": "NaN"}
 
 CELL_WIDTH, CELL_HEIGHT = 30, 14
-PICTURE_WIDTH = 1280
-"""Panels are set side by side up to this many pixels."""
 MAX_COLUMN_LABELS = 64
 
 
@@ -29,20 +24,15 @@ def chart(heatmap: Heatmap) -> alt.ConcatChart:
     last = min(across, len(widths)) - 1
     panels = [_panel_chart(heatmap, panel, with_legend=i == last) for i, panel in enumerate(heatmap.panels)]
     room = (max(widths) + 110) * min(across, len(widths))
-    lines = [*_wrap(heatmap.subtitle, room), *_wrap(heatmap.caption, room)]
-    title = alt.TitleParams(
-        _wrap(heatmap.title, room, pixels=8.5),
-        subtitle=lines,
-        anchor="start",
-        fontSize=15,
-        subtitleFontSize=11,
-        subtitleColor="#444444",
-        subtitleLineHeight=15,
-        offset=12,
-    )
+    title = head_lines(heatmap.title, (heatmap.subtitle, heatmap.caption), room)
     whole = alt.concat(*panels, columns=across, title=title, spacing=24).resolve_scale(color="independent")
     drawn: alt.ConcatChart = whole.configure_view(stroke="#999999").configure_axis(grid=False)
     return drawn
+
+
+def drawing(heatmap: Heatmap) -> Drawing:
+    """The heat map as a picture."""
+    return Drawing(partial(chart, heatmap))
 
 
 def render_png(heatmap: Heatmap, *, scale: float = 2.0) -> bytes:
@@ -52,16 +42,12 @@ def render_png(heatmap: Heatmap, *, scale: float = 2.0) -> bytes:
         heatmap: What to draw.
         scale: Pixels per unit; 2 is sharp on dense screens and in print.
     """
-    buffer = io.BytesIO()
-    chart(heatmap).save(buffer, format="png", scale_factor=scale)
-    return buffer.getvalue()
+    return drawing(heatmap).png(scale=scale)
 
 
 def render_svg(heatmap: Heatmap) -> str:
     """The picture as SVG; text from tokens is escaped."""
-    buffer = io.StringIO()
-    chart(heatmap).save(buffer, format="svg")
-    return buffer.getvalue()
+    return drawing(heatmap).svg().decode()
 
 
 def inert_json(chart_or_spec: alt.ConcatChart | dict[str, Any]) -> str:
@@ -71,10 +57,6 @@ def inert_json(chart_or_spec: alt.ConcatChart | dict[str, Any]) -> str:
     """
     spec = chart_or_spec if isinstance(chart_or_spec, dict) else chart_or_spec.to_dict()
     return json.dumps(spec, allow_nan=False).replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
-
-
-def _wrap(text: str, room: float, *, pixels: float = 6.0) -> list[str]:
-    return textwrap.wrap(show_text(text), max(70, int(room / pixels)), break_long_words=True)
 
 
 def _panel_width(panel: Panel) -> int:
@@ -118,14 +100,23 @@ def _layer_axis(panel: Panel) -> alt.Axis:
 
 
 def _value_colour(heatmap: Heatmap, with_legend: bool) -> alt.Color:
-    steps = len(COLOURS) - 1
-    domain = [heatmap.limit * (2 * i / steps - 1) for i in range(steps + 1)]
-    ticks = [heatmap.limit * share for share in (-1, -0.5, 0, 0.5, 1)]
+    stops, ticks = _stops(heatmap.colours)
     length = min(160, max(70, min(_panel_height(panel) for panel in heatmap.panels) - 20))
     legend = alt.Legend(title=heatmap.quantity, gradientLength=length, values=ticks, format=".2~f")
     # Vega would go by hue, which tints the smallest effects yellow and cyan.
-    scale = alt.Scale(domain=domain, range=list(COLOURS), interpolate="rgb")
+    scale = alt.Scale(domain=stops, range=list(COLOURS[-len(stops) :]), clamp=True, interpolate="rgb")
     return alt.Color("value:Q", scale=scale, legend=legend if with_legend else None)
+
+
+def _stops(colours: ColourScale) -> tuple[list[float], list[float]]:
+    """The value of every colour, and the values written beside the legend."""
+    arm = len(COLOURS) // 2
+    above = [colours.middle + (colours.high - colours.middle) * i / arm for i in range(arm + 1)]
+    if colours.low == colours.middle:
+        return above, [colours.low + (colours.high - colours.low) * share for share in (0, 0.25, 0.5, 0.75, 1)]
+    below = [colours.low + (colours.middle - colours.low) * i / arm for i in range(arm)]
+    halves = [(colours.low + colours.middle) / 2, colours.middle, (colours.middle + colours.high) / 2]
+    return [*below, *above], [colours.low, *halves, colours.high]
 
 
 def _state_colour(heatmap: Heatmap, with_legend: bool) -> alt.Color:

@@ -17,7 +17,8 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
-from mechinterp_cli.report.grid import Heatmap, Panel
+from mechinterp_cli.report.cells import figure, interval, missing, probability
+from mechinterp_cli.report.grid import ColourScale, Heatmap, Panel
 from mechinterp_cli.report.labels import show_text, show_token
 
 POSITIVE, NEGATIVE = (33, 102, 172), (178, 24, 43)
@@ -44,10 +45,9 @@ def terminal_heatmap(heatmap: Heatmap, *, width: int, plain: bool = False) -> Gr
         width: Columns of the terminal.
         plain: ASCII only, no colour.
     """
-    limit = heatmap.limit
     lines = [_line(heatmap.title, plain, "bold"), _line(heatmap.subtitle, plain), _line(heatmap.caption, plain, "dim")]
     for panel in heatmap.panels:
-        lines += _panel_lines(panel, limit, width, plain)
+        lines += _panel_lines(panel, heatmap.colours, width, plain)
     marks = [STATE_NAMES[state] for state in heatmap.states if state in STATE_NAMES]
     if marks:
         lines.append(_line("   ".join(marks), plain, "dim"))
@@ -58,7 +58,7 @@ def _line(text: str, plain: bool, style: str = "") -> Text:
     return Text(show_text(text, plain=plain), style="" if plain else style)
 
 
-def _panel_lines(panel: Panel, limit: float, width: int, plain: bool) -> list[Text]:
+def _panel_lines(panel: Panel, colours: ColourScale, width: int, plain: bool) -> list[Text]:
     margin = max(len("layer"), max(len(str(layer)) for layer in panel.layers)) + 1
     room, columns = max(NARROW_CELL, width - margin), len(panel.columns)
     cell = WIDE_CELL if WIDE_CELL * columns <= room else NARROW_CELL
@@ -66,7 +66,7 @@ def _panel_lines(panel: Panel, limit: float, width: int, plain: bool) -> list[Te
     shown = min(columns, across * MAX_BLOCKS)
     lines = [_line(panel.title, plain, "bold")]
     for start in range(0, shown, across):
-        lines += _block(panel, range(start, min(start + across, shown)), limit, margin, cell, plain)
+        lines += _block(panel, range(start, min(start + across, shown)), colours, margin, cell, plain)
     if shown < columns:
         lines.append(_line(f"columns 1 to {shown} of {columns}; the picture has all", plain, "dim"))
     if cell == NARROW_CELL:
@@ -74,12 +74,12 @@ def _panel_lines(panel: Panel, limit: float, width: int, plain: bool) -> list[Te
     return [*lines, *_legend(panel, shown, width, plain)]
 
 
-def _block(panel: Panel, columns: range, limit: float, margin: int, cell: int, plain: bool) -> list[Text]:
+def _block(panel: Panel, columns: range, colours: ColourScale, margin: int, cell: int, plain: bool) -> list[Text]:
     lines = [_header(panel, columns, margin, cell, plain)]
     for i in reversed(range(len(panel.layers))):
         line = Text(f"{panel.layers[i]:>{margin - 1}} ")
         for j in columns:
-            line.append_text(_cell(float(panel.values[i, j]), str(panel.status[i, j]), limit, cell, plain))
+            line.append_text(_cell(float(panel.values[i, j]), str(panel.status[i, j]), colours, cell, plain))
         lines.append(line)
     return lines
 
@@ -106,12 +106,12 @@ def _legend(panel: Panel, shown: int, width: int, plain: bool) -> list[Text]:
     return [Text(line.replace(NO_BREAK, " "), style="" if plain else "dim") for line in lines]
 
 
-def _cell(value: float, status: str, limit: float, width: int, plain: bool) -> Text:
+def _cell(value: float, status: str, colours: ColourScale, width: int, plain: bool) -> Text:
     if status != "ok":
         mark = STATE_MARKS.get(status, "?")[: width - 1]
         return Text(mark.rjust(width), style="" if plain else "dim")
     number = _number(value, width)
-    return Text(number.rjust(width), style="" if plain else _colour(value / limit))
+    return Text(number.rjust(width), style="" if plain else _colour(colours.share(value)))
 
 
 def _number(value: float, width: int) -> str:
@@ -180,27 +180,26 @@ def strongest_table(
 def _row_cells(
     row: Mapping[object, object], tokens: Mapping[str, Sequence[str]], quantity: str, plain: bool
 ) -> dict[str, str]:
-    low, high = _figure(row.get("ci_low")), _figure(row.get("ci_high"))
     return {
         "where": describe_place({str(name): value for name, value in row.items()}, tokens, plain=plain),
-        "effect": _figure(row[quantity]),
-        "interval": f"[{low}, {high}]" if low and high else "",
-        "p adj.": _probability(row.get("p_adjusted")),
-        "n": "" if _missing(row.get("n")) else str(row["n"]),
-        "verdict": "" if _missing(row.get("verdict")) else str(row["verdict"]),
+        "effect": figure(row[quantity]),
+        "interval": interval(row.get("ci_low"), row.get("ci_high")),
+        "p adj.": probability(row.get("p_adjusted")),
+        "n": "" if missing(row.get("n")) else str(row["n"]),
+        "verdict": "" if missing(row.get("verdict")) else str(row["verdict"]),
     }
 
 
 def describe_place(row: Mapping[str, object], tokens: Mapping[str, Sequence[str]], *, plain: bool = False) -> str:
     """Where a trial edits, in words: `resid_pre, layer 8, position 10 ·John`; the template where there are several."""
-    template = "" if _missing(row.get("template")) else str(row["template"])
-    parts = [show_text(str(row["site"]), plain=plain)] if not _missing(row.get("site")) else []
+    template = "" if missing(row.get("template")) else str(row["template"])
+    parts = [show_text(str(row["site"]), plain=plain)] if not missing(row.get("site")) else []
     for name, title in (("layer", "layer"), ("head", "head"), ("kv_head", "key/value head"), ("neuron", "neuron")):
-        if not _missing(row.get(name)):
+        if not missing(row.get(name)):
             parts.append(f"{title} {int(float(str(row[name])))}")
-    if not _missing(row.get("span")):
+    if not missing(row.get("span")):
         parts.append(show_token(str(row["span"]), plain=plain))
-    if not _missing(row.get("position")):
+    if not missing(row.get("position")):
         position = int(float(str(row["position"])))
         words = tokens.get(template, ())
         word = " " + show_token(words[position], plain=plain) if 0 <= position < len(words) else ""
@@ -208,18 +207,3 @@ def describe_place(row: Mapping[str, object], tokens: Mapping[str, Sequence[str]
     if template and "" not in tokens:
         parts.append(show_text(template, plain=plain)[:40])
     return ", ".join(parts)
-
-
-def _missing(value: object) -> bool:
-    return value is None or value is pd.NA or (isinstance(value, float) and math.isnan(value))
-
-
-def _figure(value: object) -> str:
-    return "" if _missing(value) else f"{float(str(value)):.3f}"
-
-
-def _probability(value: object) -> str:
-    if _missing(value):
-        return ""
-    number = float(str(value))
-    return f"{number:.4f}" if number >= 0.0001 else f"{number:.0e}"

@@ -1,0 +1,39 @@
+"""Numbers and gaps of tables as words."""
+
+import math
+
+import pandas as pd
+
+
+def missing(value: object) -> bool:
+    """Whether a cell holds nothing: null or NaN."""
+    return value is None or value is pd.NA or (isinstance(value, float) and math.isnan(value))
+
+
+def number(value: object) -> float:
+    """A cell as a number; NaN where it holds nothing."""
+    return math.nan if missing(value) else float(str(value))
+
+
+def text(value: object) -> str:
+    """A cell as text; empty where it holds nothing."""
+    return "" if missing(value) else str(value)
+
+
+def figure(value: object, digits: int = 3) -> str:
+    """A number with so many decimals; empty where there is none."""
+    return "" if missing(value) else f"{float(str(value)):.{digits}f}"
+
+
+def interval(low: object, high: object, digits: int = 3) -> str:
+    """Two ends in brackets; empty where one is missing."""
+    ends = figure(low, digits), figure(high, digits)
+    return f"[{ends[0]}, {ends[1]}]" if all(ends) else ""
+
+
+def probability(value: object) -> str:
+    """A p-value."""
+    if missing(value):
+        return ""
+    known = float(str(value))
+    return f"{known:.4f}" if known >= 0.0001 else f"{known:.0e}"

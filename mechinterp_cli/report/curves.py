@@ -1,0 +1,231 @@
+"""Curves with bands: panels of lines over one kind of x axis, as PNG and SVG."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import altair as alt
+
+from mechinterp_cli.report.labels import show_text
+from mechinterp_cli.report.picture import PICTURE_WIDTH, SERIES_COLOURS, Chart, Drawing, head_lines, inline
+
+SHAPES = ("circle", "square", "triangle-up", "diamond", "cross", "triangle-down", "triangle-right")
+DASHES: tuple[list[int], ...] = ([1, 0], [6, 3], [2, 2], [8, 2, 2, 2])
+"""Lines differ by colour, dash and shape: the colours alone are lost in a grey print."""
+HEIGHT, LOW_HEIGHT, LEGEND_ROOM = 230, 150, 190
+LABEL_PIXELS = 34
+"""Room that the label of a number on the x axis takes."""
+WIDE = 20
+"""From this ratio of the largest to the smallest positive x on, the axis is logarithmic (around 0: linear)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curve:
+    """One line; gaps are NaN."""
+
+    name: str
+    x: tuple[float | str, ...]
+    y: tuple[float, ...]
+    low: tuple[float, ...] | None = None
+    """Lower edge of the band, where there is one."""
+    high: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class CurvePanel:
+    """One panel; its curves' names are distinct."""
+
+    title: str
+    y_title: str
+    curves: tuple[Curve, ...]
+    y_range: tuple[float, float] | None = None
+    """Where panels are to be compared; 0 and all bands are in it otherwise."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curves:
+    """One picture: panels over the same x axis."""
+
+    title: str
+    lines: tuple[str, ...]
+    """What stands below the title."""
+    x_title: str
+    panels: tuple[CurvePanel, ...]
+    across: int
+    """Panels in a row; 1 sets them below each other, sharing the x axis."""
+    one_legend: bool = False
+    """All panels have curves of the same names."""
+    width: int = 260
+
+
+def drawing(curves: Curves) -> Drawing:
+    """The curves as a picture."""
+    return Drawing(partial(chart, curves))
+
+
+def chart(curves: Curves) -> Chart:
+    """The picture as a Vega-Lite chart."""
+    across = min(curves.across, len(curves.panels), max(1, PICTURE_WIDTH // curves.width))
+    room = across * (curves.width + 70) + LEGEND_ROOM
+    panels = [_panel(curves, i, across) for i in range(len(curves.panels))]
+    title = head_lines(curves.title, curves.lines, room)
+    concat = alt.concat(*panels, columns=across, title=title, spacing=18)
+    whole = concat.resolve_scale(color="independent", shape="independent", strokeDash="independent")
+    drawn: Chart = whole.configure_view(stroke="#999999").configure_axis(gridColor="#eeeeee")
+    return drawn
+
+
+def _panel(curves: Curves, index: int, across: int) -> alt.LayerChart:
+    panel, stacked = curves.panels[index], across == 1
+    with_legend = not curves.one_legend or index == min(across, len(curves.panels)) - 1
+    bottom = not stacked or index == len(curves.panels) - 1
+    x = _x_axis(curves, labels=bottom)
+    low, high = panel.y_range or y_range([panel])
+    y_scale = alt.Scale(domain=[low, high], nice=False, zero=False)
+    y_axis = alt.Axis(format="~g", tickCount=4 if stacked else 6, minExtent=34, titleLimit=HEIGHT)
+    y = alt.Y("y:Q", scale=y_scale, axis=y_axis, title=show_text(panel.y_title))
+    colour, dash, shape = _looks([curve.name for curve in panel.curves], with_legend)
+    points = inline([row for curve in panel.curves for row in _points(curve)])
+    layers: list[alt.Chart] = [_zero(y)] if low < 0 < high else []
+    if any(curve.low is not None for curve in panel.curves):
+        layers += _bands(panel, x, y, colour)
+    layers.append(alt.Chart(points).mark_line(strokeWidth=2).encode(x, y, colour, dash, detail="name:N"))
+    layers.append(alt.Chart(points).mark_point(filled=True, size=42, opacity=1).encode(x, y, colour, shape))
+    height = LOW_HEIGHT if stacked else HEIGHT
+    return alt.LayerChart(layer=layers, width=curves.width, height=height, title=show_text(panel.title))
+
+
+def y_range(panels: Sequence[CurvePanel]) -> tuple[float, float]:
+    """A range that holds every line and band of some panels, 0, and a margin.
+
+    Args:
+        panels: One, or those that are to be compared.
+    """
+    found = [value for panel in panels for curve in panel.curves for value in _heights(curve) if math.isfinite(value)]
+    low, high = min([*found, 0.0]), max([*found, 0.0])
+    margin = 0.06 * (high - low) or 1.0
+    return (low - margin if low < 0 else low), (high + margin if high > 0 or low == 0 else high)
+
+
+def _heights(curve: Curve) -> Iterator[float]:
+    yield from curve.y
+    yield from curve.low or ()
+    yield from curve.high or ()
+
+
+def _zero(y: alt.Y) -> alt.Chart:
+    return alt.Chart(inline([{"y": 0.0}])).mark_rule(color="#888888", strokeWidth=1).encode(y)
+
+
+def _bands(panel: CurvePanel, x: alt.X, y: alt.Y, colour: alt.Color) -> list[alt.Chart]:
+    """An area where there are several points, a bar where there is one."""
+    areas: list[dict[str, Any]] = []
+    bars: list[dict[str, Any]] = []
+    for curve in panel.curves:
+        rows = list(_band(curve))
+        (areas if len(rows) > 1 else bars).extend(rows)
+    marks = []
+    if areas:
+        area = alt.Chart(inline(areas)).mark_area(opacity=0.2, line=False)
+        marks.append(area.encode(x, y, alt.Y2("high"), colour, detail="name:N"))
+    if bars:
+        marks.append(alt.Chart(inline(bars)).mark_rule(strokeWidth=6, opacity=0.3).encode(x, y, alt.Y2("high"), colour))
+    return marks
+
+
+def _points(curve: Curve) -> Iterator[dict[str, Any]]:
+    for x, y in zip(curve.x, curve.y, strict=True):
+        if math.isfinite(y):
+            yield {"name": show_text(curve.name), "x": _shown(x), "y": y}
+
+
+def _band(curve: Curve) -> Iterator[dict[str, Any]]:
+    if curve.low is None or curve.high is None:
+        return
+    for x, low, high in zip(curve.x, curve.low, curve.high, strict=True):
+        if math.isfinite(low) and math.isfinite(high):
+            yield {"name": show_text(curve.name), "x": _shown(x), "y": low, "high": high}
+
+
+def _shown(x: float | str) -> float | str:
+    return show_text(x) if isinstance(x, str) else float(x)
+
+
+def _looks(names: Sequence[str], with_legend: bool) -> tuple[alt.Color, alt.StrokeDash, alt.Shape]:
+    """Colour, dash and shape of every curve; the three share one legend."""
+    shown = [show_text(name) for name in names]
+
+    def scale(looks: Sequence[Any]) -> alt.Scale:
+        return alt.Scale(domain=shown, range=[looks[i % len(looks)] for i in range(len(shown))])
+
+    legend = alt.Legend(title=None, labelLimit=LEGEND_ROOM, symbolOpacity=1, symbolSize=70) if with_legend else None
+    return (
+        alt.Color("name:N", scale=scale(SERIES_COLOURS), legend=legend),
+        alt.StrokeDash("name:N", scale=scale(DASHES), legend=legend),
+        alt.Shape("name:N", scale=scale(SHAPES), legend=legend),
+    )
+
+
+def _x_axis(curves: Curves, *, labels: bool) -> alt.X:
+    places = list(dict.fromkeys(x for panel in curves.panels for curve in panel.curves for x in curve.x))
+    title = show_text(curves.x_title) if labels else None
+    numbers = sorted(x for x in places if not isinstance(x, str))
+    if len(numbers) < len(places):
+        names = [show_text(str(x)) for x in places]
+        axis = alt.Axis(labels=labels, labelAngle=-50, labelLimit=140, labelOverlap=False, values=_thin_names(names))
+        return alt.X("x:N", scale=alt.Scale(domain=names), axis=axis, title=title)
+    kind, constant = _x_scale(numbers)
+    scale = alt.Scale(type=kind, domain=_x_domain(numbers, kind), nice=False)
+    if kind == "symlog":
+        scale.constant = constant
+    ticks = _ticks(numbers, kind, constant, curves.width)
+    return alt.X("x:Q", scale=scale, axis=alt.Axis(labels=labels, values=ticks, format="~s", grid=True), title=title)
+
+
+def _x_scale(numbers: Sequence[float]) -> tuple[Literal["linear", "log", "symlog"], float]:
+    """Logarithmic where the numbers span far; with 0 among them the part below the smallest other one is linear."""
+    positive = [x for x in numbers if x > 0]
+    if len(positive) < 2 or min(numbers) < 0:
+        return "linear", 1.0
+    spread = positive[-1] / positive[0]
+    if positive[0] > numbers[0]:
+        return ("symlog", positive[0]) if spread > WIDE else ("linear", 1.0)
+    return ("log", 1.0) if len(positive) > 2 and spread >= 8 else ("linear", 1.0)
+
+
+def _x_domain(numbers: Sequence[float], kind: str) -> list[float]:
+    if not numbers:
+        return [0.0, 1.0]
+    first, last = numbers[0], numbers[-1]
+    if kind == "log":
+        return [first / 1.15, last * 1.15]
+    if kind == "symlog":
+        return [0.0, last * 1.15]
+    margin = 0.05 * (last - first) or 1.0
+    return [first - margin, last + margin]
+
+
+def _ticks(numbers: Sequence[float], kind: str, constant: float, width: int) -> list[float]:
+    """Those of the points whose labels have room, the last one always."""
+    first, last = (_along(end, kind, constant) for end in _x_domain(numbers, kind))
+    kept: list[float] = []
+    at = math.inf
+    for x in reversed(numbers):
+        place = (_along(x, kind, constant) - first) / (last - first) * width
+        if at - place >= LABEL_PIXELS:
+            kept.append(x)
+            at = place
+    return kept[::-1]
+
+
+def _along(x: float, kind: str, constant: float) -> float:
+    if kind == "log":
+        return math.log(x)
+    return math.log1p(x / constant) if kind == "symlog" else x
+
+
+def _thin_names(names: Sequence[str], most: int = 24) -> list[str]:
+    every = max(1, -(-len(names) // most))
+    return list(names[::-1][::every][::-1])

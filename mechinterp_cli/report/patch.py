@@ -1,0 +1,125 @@
+"""The view of a `patch` run: a map per site block and the strongest trials."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pandas as pd
+
+from mechinterp_cli.report.checkpoints import Checkpoints, checkpoints_of
+from mechinterp_cli.report.grid import Heatmap, HeatmapSpec, build_heatmap
+from mechinterp_cli.report.picture import Picture
+from mechinterp_cli.report.terminal import strongest, strongest_table, terminal_heatmap
+from mechinterp_cli.runs.manifest import Manifest
+
+HEADLINE = ("label", "metric", "value", "effect", "normalized", "ci_low", "ci_high", "p_adjusted", "n", "verdict")
+
+
+@dataclass(frozen=True, eq=False)
+class PatchView:
+    """Maps, strongest trials and notes of a run."""
+
+    maps: tuple[tuple[str, Heatmap], ...]
+    """(file name without ending, picture) of every site block."""
+    rows: pd.DataFrame
+    """Summary rows of the first metric, all prompts, the main aggregate, the last checkpoint."""
+    tokens: Mapping[str, Sequence[str]]
+    """Decoded tokens of each template's first prompt; the one template of a set also under ``""``."""
+    quantity: str
+    """`normalized`, or `effect` where there is nothing to normalise by."""
+    count: int
+    """How many of the strongest are listed."""
+    everywhere: pd.DataFrame
+    """The same rows of every checkpoint."""
+    checkpoints: Checkpoints
+    """Those of the run; `rows` are of the last."""
+
+    @property
+    def pictures(self) -> Sequence[tuple[str, Picture]]:
+        """Every map, then the strongest trials along training."""
+        # Altair takes half a second to import, which the terminal's view need not wait for.
+        from mechinterp_cli.report import heatmap
+
+        return [(name, heatmap.drawing(grid)) for name, grid in self.maps]
+
+    @property
+    def strongest(self) -> pd.DataFrame:
+        """The rows with the largest magnitude."""
+        return strongest(self.rows, count=self.count, quantity=self.quantity)
+
+    def draw(self, width: int, plain: bool) -> Iterator[Any]:
+        """What rich prints: every map, then the strongest trials."""
+        for _, heatmap in self.maps:
+            yield terminal_heatmap(heatmap, width=width, plain=plain)
+        yield strongest_table(
+            self.rows, tokens=self.tokens, count=self.count, quantity=self.quantity, width=width, plain=plain
+        )
+
+    def headline(self) -> list[dict[str, Any]]:
+        """The strongest rows as plain data."""
+        return [
+            {name: None if pd.isna(row[name]) else row[name] for name in HEADLINE}
+            for row in self.strongest.to_dict("records")
+        ]
+
+
+def patch_view(manifest: Manifest, tables: Mapping[str, pd.DataFrame]) -> PatchView:
+    """The view of a run.
+
+    Args:
+        manifest: The run's.
+        tables: `summary` and `prompts`.
+    """
+    summary, prompts = tables["summary"], tables["prompts"]
+    metric = manifest.config["metrics"][0]
+    normalised = bool((summary["aggregate"] == "ratio_of_means").any())
+    aggregate = "ratio_of_means" if normalised else "mean"
+    chosen = (summary["metric"] == metric) & (summary["group"] == "all") & (summary["aggregate"] == aggregate)
+    everywhere, tokens = summary[chosen], _first_tokens(prompts)
+    checkpoints = checkpoints_of(summary)
+    rows = checkpoints.last(everywhere)
+    about = (manifest.model.get("id", ""), checkpoints.about, metric, f"{prompts['prompt'].nunique()} prompts")
+    spec = HeatmapSpec(
+        title=manifest.display.get("title", manifest.name),
+        subtitle=", ".join(part for part in about if part),
+        normalization=manifest.display.get("scale", ""),
+        aggregate=aggregate,
+        tokens=tokens,
+        names_vary=_names_vary(prompts),
+    )
+    return PatchView(
+        maps=tuple(_maps(rows, spec, metric, one_template="" in tokens)),
+        rows=rows,
+        tokens=tokens,
+        quantity="normalized" if normalised else "effect",
+        count=manifest.config["output"]["top"],
+        everywhere=everywhere,
+        checkpoints=checkpoints,
+    )
+
+
+def _maps(rows: pd.DataFrame, spec: HeatmapSpec, metric: str, *, one_template: bool) -> Iterator[tuple[str, Heatmap]]:
+    if one_template and "template" in rows:
+        rows = rows.assign(template=pd.Series(pd.NA, index=rows.index, dtype=object))
+    for block, part in rows.groupby("block", sort=True):
+        kind = str(part["site"].iloc[0])
+        title = f"{kind}, {spec.title}"
+        yield f"{int(str(block)):02d}-{kind}-{metric}", build_heatmap(part, replace(spec, title=title))
+
+
+def _first_tokens(prompts: pd.DataFrame) -> dict[str, Sequence[str]]:
+    clean = prompts[prompts["stream"] == "clean"].drop_duplicates("template")
+    tokens: dict[str, Sequence[str]] = {
+        str(name): list(words) for name, words in zip(clean["template"], clean["tokens"], strict=True)
+    }
+    if len(tokens) == 1:
+        tokens[""] = next(iter(tokens.values()))
+    return tokens
+
+
+def _names_vary(prompts: pd.DataFrame) -> bool:
+    """Whether prompts of one template hold different tokens somewhere."""
+    clean = prompts[prompts["stream"] == "clean"]
+    first: dict[str, tuple[int, ...]] = {}
+    pairs = zip(clean["template"], clean["token_ids"], strict=True)
+    return any(first.setdefault(str(name), tuple(ids)) != tuple(ids) for name, ids in pairs)

@@ -1,0 +1,93 @@
+"""What every picture shares: how it becomes PNG and SVG, its head lines, and colours that the colour-blind can tell.
+
+Pictures are Vega-Lite charts made by Altair, drawn by vl-convert without a browser or a network.
+"""
+
+import io
+import textwrap
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeAlias
+
+import altair as alt
+
+from mechinterp_cli.report.labels import show_text
+
+Chart: TypeAlias = alt.ConcatChart
+"""Every picture is panels set side by side, be it one."""
+
+COLOURS = ("#b2182b", "#ef8a62", "#fddbc7", "#ffffff", "#d1e5f0", "#67a9cf", "#2166ac")
+"""ColorBrewer's red–blue, which the colour-blind can tell apart: white is 0 (or chance), blue is above."""
+SERIES_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
+"""Okabe and Ito's, which the colour-blind can tell apart; their yellow is too pale for points on white."""
+PICTURE_WIDTH = 1280
+"""Panels are set side by side up to this many pixels."""
+
+
+class Picture(Protocol):
+    """A figure of a run."""
+
+    def png(self) -> bytes:
+        """The picture as PNG."""
+
+    def svg(self) -> bytes:
+        """The picture as SVG, UTF-8."""
+
+
+@dataclass(frozen=True, eq=False)
+class Drawing:
+    """A picture whose chart is made when it is asked for."""
+
+    chart: Callable[[], Chart]
+
+    def png(self, *, scale: float = 2.0) -> bytes:
+        """The picture as PNG.
+
+        Args:
+            scale: Pixels per unit; 2 is sharp on dense screens and in print.
+        """
+        buffer = io.BytesIO()
+        self.chart().save(buffer, format="png", scale_factor=scale)
+        return buffer.getvalue()
+
+    def svg(self) -> bytes:
+        """The picture as SVG; text from tokens is escaped."""
+        buffer = io.StringIO()
+        self.chart().save(buffer, format="svg")
+        return buffer.getvalue().encode("utf-8", "backslashreplace")
+
+
+def head_lines(title: str, lines: Sequence[str], room: float) -> alt.TitleParams:
+    """A picture's title and what stands below it, broken to the picture's width.
+
+    Args:
+        title: In bold.
+        lines: Subtitle, caption.
+        room: Width in pixels.
+    """
+    return alt.TitleParams(
+        wrap(title, room, pixels=8.5),
+        subtitle=[part for line in lines for part in wrap(line, room)],
+        anchor="start",
+        fontSize=15,
+        subtitleFontSize=11,
+        subtitleColor="#444444",
+        subtitleLineHeight=15,
+        offset=12,
+    )
+
+
+def wrap(text: str, room: float, *, pixels: float = 6.0) -> list[str]:
+    """Break a text into lines; what is not seen, or acts, is written as its code.
+
+    Args:
+        text: Anything.
+        room: Width in pixels; lines of 70 characters are always allowed.
+        pixels: Mean width of a letter.
+    """
+    return textwrap.wrap(show_text(text), max(70, int(room / pixels)), break_long_words=True)
+
+
+def inline(rows: Sequence[dict[str, Any]]) -> alt.InlineData:
+    """Rows as data that stands in the chart itself."""
+    return alt.InlineData(values=list(rows))
