@@ -136,7 +136,7 @@ def test_the_configs_of_the_real_model_run(
     manifest = check_files(run_patch(run, source, tmp_path / "runs", *arguments), source, blocks)
     assert manifest.overrides[2:] == overrides
     assert manifest.model["id"] == "smollm2-135m-instruct"
-    assert manifest.engine["proof"]["executor"] == "packed"
+    assert manifest.engine["parts"][0]["proof"]["executor"] == "packed"
 
 
 def test_every_config_is_run_here_and_listed_in_the_readme() -> None:

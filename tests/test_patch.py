@@ -304,7 +304,7 @@ def test_prompts_alone_in_any_order_and_of_mixed_lengths_give_the_same_values(tm
 )
 def test_executor_and_sizes_change_no_number(tmp_path: Path, engine: dict[str, Any]) -> None:
     plain, other = (run_patch(tmp_path, {"sites": [EACH, HEADS]}, engine=options) for options in ({}, engine))
-    assert plain.manifest["engine"]["proof"]["executor"] == "packed"
+    assert plain.manifest["engine"]["parts"][0]["proof"]["executor"] == "packed"
     np.testing.assert_allclose(
         other.values("logit_diff").to_numpy(dtype=float), plain.values("logit_diff").to_numpy(dtype=float), atol=2e-5
     )
@@ -346,7 +346,7 @@ def test_dry_run_counts_what_a_run_does(tmp_path: Path) -> None:
     assert plan["result_rows"] == len(results)
     assert plan["trivial"] == int((results["status"] == "trivial").sum()) / 2
     assert plan["computed"] == int((results["status"] == "ok").sum()) / 2
-    assert plan["units"] == len(run.manifest["engine"]["plan"]["units"])
+    assert plan["units"] == len(run.manifest["engine"]["parts"][0]["plan"]["units"])
     assert plan["flops"] > 0
     assert plan["bytes"] > 0
     first = run.table("prompts").iloc[0]
@@ -362,7 +362,7 @@ def test_manifest_says_what_ran(tmp_path: Path) -> None:
     assert manifest["task"]["add_bos"] is False
     assert manifest["task"]["chat_template"] is False
     assert manifest["seeds"] == {"task": 0, "stats": 0, "patch": 0}
-    proof = manifest["engine"]["proof"]
+    proof = manifest["engine"]["parts"][0]["proof"]
     assert proof["deviation"] <= proof["tolerance"]
     assert not any(str(tmp_path) in str(value) for value in manifest["command"])
 

@@ -65,21 +65,21 @@ def test_the_same_machine_gives_the_same_bytes(recorded: Path, reproduce: Reprod
     again = Path(out.removesuffix("\n"))
     assert again.parent == Path("again")
     first, second = Manifest.read(recorded), Manifest.read(again)
-    assert second.engine["plan"] == first.engine["plan"]
+    assert second.engine["parts"][0]["plan"] == first.engine["parts"][0]["plan"]
     assert (again / "results.parquet").read_bytes() == (recorded / "results.parquet").read_bytes()
 
 
 def test_the_recorded_plan_is_used_again(recorded: Path, reproduce: Reproduce) -> None:
     manifest = Manifest.read(recorded)
-    (unit, *_) = manifest.engine["plan"]["units"]
+    (unit, *_) = manifest.engine["parts"][0]["plan"]["units"]
     halves = [{"bucket": 0, "trials": unit["trials"][:5]}, {"bucket": 0, "trials": unit["trials"][5:]}]
-    manifest.engine["plan"] = {"executor": "resume", "rows_per_call": 7, "units": halves}
+    manifest.engine["parts"][0]["plan"] = {"executor": "resume", "rows_per_call": 7, "units": halves}
     manifest.write(recorded)
     code, out, err = reproduce()
     assert (code, [line for line in err if " was " in line]) == (0, [])
     again = Manifest.read(Path(out.strip()))
-    assert again.engine["plan"] == manifest.engine["plan"]
-    assert again.engine["proof"]["executor"] == "resume"
+    assert again.engine["parts"][0]["plan"] == manifest.engine["parts"][0]["plan"]
+    assert again.engine["parts"][0]["proof"]["executor"] == "resume"
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ import yaml
 from mechinterp_cli.cli.main import main
 from mechinterp_cli.engine import plan
 from mechinterp_cli.engine.execute import executor_named
-from mechinterp_cli.methods import run as running
+from mechinterp_cli.methods import bench
 from mechinterp_cli.runs import environment
 from mechinterp_cli.runs.lock import FILE_NAME, hold, holder
 from mechinterp_cli.runs.manifest import Manifest
@@ -68,7 +68,7 @@ def undisturbed(capfd: pytest.CaptureFixture[str]) -> dict[str, bytes]:
     assert main(["patch", "c.yaml", "--out", "whole", "--quiet"]) == 0
     capfd.readouterr()
     run = only_run("whole")
-    units = Manifest.read(run).engine["plan"]["units"]
+    units = Manifest.read(run).engine["parts"][0]["plan"]["units"]
     assert len(units) == Manifest.read(run).units_done >= UNITS
     return tables(run)
 
@@ -121,7 +121,7 @@ def test_going_on_gives_the_same_bytes_and_computes_nothing_twice(
     after = Manifest.read(run)
     assert (after.status, after.error, after.units_done) == ("complete", None, after.units_total)
     assert [(r["after"], r["units_done"], r["pid"]) for r in after.resumed] == [(before.status, units, os.getpid())]
-    assert after.engine["plan"] == before.engine["plan"]
+    assert after.engine["parts"][0]["plan"] == before.engine["parts"][0]["plan"]
     assert before.duration_seconds is not None
     assert after.duration_seconds is not None
     assert after.duration_seconds > before.duration_seconds
@@ -171,7 +171,7 @@ def test_a_run_that_was_stopped_while_it_wrote_its_tables_only_writes_them(
     run = only_run()
     assert Manifest.read(run).units_done == Manifest.read(run).units_total
     rows: list[int] = []
-    monkeypatch.setattr(running, "executor_named", lambda *a: _Counting(executor_named(*a), rows))
+    monkeypatch.setattr(bench, "executor_named", lambda *a: _Counting(executor_named(*a), rows))
     assert main(["resume", str(run), "--quiet"]) == 0
     assert rows == []
     assert tables(run) == undisturbed
@@ -214,12 +214,12 @@ def test_halves_of_a_unit_are_found_again(undisturbed: dict[str, bytes], monkeyp
             return super().run(bucket, trials, *rest)
 
     rows: list[int] = []
-    monkeypatch.setattr(running, "executor_named", lambda *a: Narrow(executor_named(*a), rows))
+    monkeypatch.setattr(bench, "executor_named", lambda *a: Narrow(executor_named(*a), rows))
     run = stopped(monkeypatch, 7)
     assert main(["resume", str(run), "--quiet"]) == 0
     manifest = Manifest.read(run)
     assert max(rows) <= 2
-    assert len(manifest.engine["halved"]) > len(manifest.engine["plan"]["units"])
+    assert len(manifest.engine["parts"][0]["halved"]) > len(manifest.engine["parts"][0]["plan"]["units"])
     assert set(saved_lines(run).values()) == {1}
     assert any("memory ran out and units were halved" in warning for warning in manifest.warnings)
     for name in ("prompts.parquet", "trials.parquet"):

@@ -37,6 +37,8 @@ class MethodOptions(BaseConfig):
 
     registry: ClassVar[dict[str, type["MethodOptions"]]] = {}
     method_name: ClassVar[str] = ""
+    own_metrics: ClassVar[tuple[str, ...]] = ()
+    """What the method measures where that is not the user's choice (`metrics:`)."""
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:

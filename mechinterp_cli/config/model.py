@@ -2,10 +2,10 @@
 
 from typing import Annotated, Literal
 
-from pydantic import StringConstraints
+from pydantic import AfterValidator, Field, StringConstraints
 
 from mechinterp_cli.config.base import BaseConfig
-from mechinterp_cli.config.types import Flag, Text
+from mechinterp_cli.config.types import Flag, Text, unique
 
 Device = Annotated[str, StringConstraints(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")]
 
@@ -17,6 +17,9 @@ class ModelOptions(BaseConfig):
     """Tried in this order: a name from `mechinterp models`, a local folder, a .gguf file, a Hugging Face id."""
     revision: Text | None = None
     """Branch, tag or commit of a Hugging Face id; a checkpoint (`step600`) of toy-induction."""
+    checkpoints: Literal["all"] | Annotated[tuple[Text, ...], Field(min_length=1), AfterValidator(unique)] | None = None
+    """Run on each of these moments of its training: revisions, folders, or folders within `id`; `all` of those that
+    toy-induction or a local folder has. Every table says in a column `checkpoint` which one a row is of."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Number format of weights and activations; what the file holds is converted."""
     device: Device = "auto"

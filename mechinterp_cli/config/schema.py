@@ -13,12 +13,13 @@ from pydantic import (
     ValidationError,
     ValidatorFunctionWrapHandler,
     WrapValidator,
+    model_validator,
 )
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from mechinterp_cli.config.base import BaseConfig, MethodOptions, TaskOptions
 from mechinterp_cli.config.model import ModelOptions
-from mechinterp_cli.config.types import Count, Flag, Fraction, Number, Seed, Slug, Text
+from mechinterp_cli.config.types import Count, Flag, Fraction, Number, Seed, Slug, Text, unique
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -63,16 +64,8 @@ def _memory_limit(value: Any, handler: ValidatorFunctionWrapHandler) -> str | in
     return accepted
 
 
-def _unique(names: tuple[str, ...]) -> tuple[str, ...]:
-    """Refuse a name that is listed twice."""
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise ValueError(f"listed twice: {', '.join(twice)}")
-    return names
-
-
 MemoryLimit = Annotated[str | int, WrapValidator(_memory_limit)]
-Names = Annotated[tuple[Text, ...], Field(min_length=1), AfterValidator(_unique)]
+Names = Annotated[tuple[Text, ...], Field(min_length=1), AfterValidator(unique)]
 
 
 class StatsOptions(BaseConfig):
@@ -121,12 +114,12 @@ class OutputOptions(BaseConfig):
     dir: Text = "runs"
     """Folder in which the run directory is made."""
     formats: (
-        Literal["auto"] | Annotated[tuple[Literal["parquet", "csv"], ...], Field(min_length=1), AfterValidator(_unique)]
+        Literal["auto"] | Annotated[tuple[Literal["parquet", "csv"], ...], Field(min_length=1), AfterValidator(unique)]
     ) = "auto"
     """Formats of results and summary. Parquet keeps every type; `auto` adds CSV up to a million rows."""
     rows: Literal["all", "summary", "top"] = "all"
     """Every observation, none of them, or those of the strongest trials."""
-    figures: Annotated[tuple[Literal["png", "svg"], ...], AfterValidator(_unique)] = ("png",)
+    figures: Annotated[tuple[Literal["png", "svg"], ...], AfterValidator(unique)] = ("png",)
     """Formats of the pictures; `[]` draws none."""
     top: Count = 10
     """How many of the strongest trials are listed, and kept under `rows: top`."""
@@ -201,6 +194,20 @@ class ExperimentConfig(BaseConfig):
     """What is written, and where."""
     deterministic: Flag = True
     """Only algorithms that give the same bits every time on the same machine."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _own_metrics(cls, data: Any) -> Any:
+        """Fill in the metrics of a method that leaves no choice, and refuse others."""
+        section = data.get("method") if isinstance(data, dict) else None
+        name = next(iter(section)) if isinstance(section, dict) and len(section) == 1 else None
+        own = MethodOptions.registry[name].own_metrics if name in MethodOptions.registry else ()
+        if not own:
+            return data
+        if tuple(data.get("metrics", own)) != own:
+            problem = f"{name} measures {', '.join(own)}, and nothing else can be chosen"
+            raise _rejected("experiment", "metrics", problem, data["metrics"])
+        return {**data, "metrics": own}
 
     @property
     def method_name(self) -> str:

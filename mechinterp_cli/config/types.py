@@ -53,3 +53,15 @@ def check_slug(name: str) -> str:
 
 Slug = Annotated[str, Field(strict=True), AfterValidator(check_slug)]
 """A name that may become part of a folder's name."""
+
+
+def unique(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Accept a list of names none of which stands there twice.
+
+    Raises:
+        ValueError: Names those that do.
+    """
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"listed twice: {', '.join(twice)}")
+    return names

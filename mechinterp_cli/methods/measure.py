@@ -10,11 +10,12 @@ from mechinterp_cli.config.loader import LoadedConfig
 from mechinterp_cli.engine.capture import embeddings, last_logits
 from mechinterp_cli.engine.wavefront import Measure
 from mechinterp_cli.errors import UserError
-from mechinterp_cli.metrics import Measurer, check_prompts, find_metric
+from mechinterp_cli.metrics import Measurer, find_metric
 from mechinterp_cli.models.anatomy import device_of
 from mechinterp_cli.models.loaded import LoadedModel
 from mechinterp_cli.tasks.build import build, drop
 from mechinterp_cli.tasks.prompts import Prompt, PromptSet
+from mechinterp_cli.tasks.registry import tasks_with_answers
 from mechinterp_cli.tasks.spans import resolve_span
 
 TOKENS_PER_BUCKET = 2**15
@@ -22,15 +23,13 @@ TOKENS_PER_BUCKET = 2**15
 
 
 def build_prompts(loaded: LoadedConfig, model: LoadedModel) -> PromptSet:
-    """The task's prompts, checked against the model's tokenizer, context and metrics.
+    """The task's prompts, checked against the model's tokenizer and context.
 
     Raises:
-        UserError: The task cannot be built, or a metric needs what the prompts do not have.
+        UserError: The task cannot be built.
     """
     rows = model.model.get_input_embeddings().weight.shape[0]  # type: ignore[index]  # unannotated
-    prompts = build(loaded.config.task, model.tokenizer, max_length=model.anatomy.max_length, vocab_size=int(rows))
-    check_prompts([find_metric(name) for name in loaded.config.metrics], prompts.prompts)
-    return prompts
+    return build(loaded.config.task, model.tokenizer, max_length=model.anatomy.max_length, vocab_size=int(rows))
 
 
 def split_members(prompts: PromptSet, draws: int = 1) -> list[tuple[int, ...]]:
@@ -65,8 +64,12 @@ def keep_correct(prompts: PromptSet, logits: Tensor, *, top: bool) -> tuple[Prom
         The set and the logits that are left.
 
     Raises:
-        UserError: None is left.
+        UserError: None is left, or a prompt has no answer.
     """
+    if not all(prompt.answer for prompt in prompts.prompts):
+        key = "patch.tracing" if top else "task.keep"
+        cause = f"{key}: the answer must be right, and prompts of task {prompts.task!r} have none"
+        raise UserError(cause, f"Use a task with answers: {', '.join(tasks_with_answers())}.")
     wrong = [i for i, prompt in enumerate(prompts.prompts) if not _correct(prompt, logits[i], top=top)]
     if len(wrong) == len(prompts.prompts):
         if top:

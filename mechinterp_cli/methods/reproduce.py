@@ -9,14 +9,15 @@ import torch
 from mechinterp_cli.config.loader import LoadedConfig, load_config
 from mechinterp_cli.errors import UserError
 from mechinterp_cli.methods import run as running
-from mechinterp_cli.methods.resume import recorded_plan
+from mechinterp_cli.methods.resume import recorded_parts
 from mechinterp_cli.runs.atomic import file_info
 from mechinterp_cli.runs.changes import changes, environment_changes
-from mechinterp_cli.runs.differences import KEYS, TOLERANCES, Difference, Tolerance, table_differences
+from mechinterp_cli.runs.differences import TOLERANCES, Difference, Tolerance, table_differences
 from mechinterp_cli.runs.directory import find_run
 from mechinterp_cli.runs.manifest import Manifest
 from mechinterp_cli.runs.outcome import Progress
 from mechinterp_cli.runs.reading import read_manifest
+from mechinterp_cli.runs.schema import keyed_tables
 from mechinterp_cli.runs.tables import read_parquet
 
 DIFFERENT_EVERY_TIME = ("log.jsonl", "config.yaml")
@@ -89,13 +90,13 @@ def reproduce(
     surroundings = environment_changes(manifest, torch.get_num_threads())
     surroundings += changes(manifest.config, loaded.config.resolved())
     same = loaded.config.sha256 == manifest.config_sha256
-    plan = recorded_plan(manifest) if same else None
-    outcome = running.run_experiment(loaded, out=out, progress=progress, recorded=plan)
+    plans = recorded_parts(manifest) if same else ()
+    outcome = running.run_experiment(loaded, out=out, progress=progress, recorded=plans)
     repeated = Manifest.read(outcome.path)
     surroundings += changes(manifest.model, repeated.model, "model") + changes(manifest.task, repeated.task, "task")
     tolerance = _tolerance(manifest, repeated, atol, rtol)
     differences: list[Difference] = []
-    for name in KEYS:
+    for name in keyed_tables():
         if _has(path, name) and _has(outcome.path, name):
             before, now = (read_parquet(folder / f"{name}.parquet") for folder in (path, outcome.path))
             differences += table_differences(name, before, now, tolerance)

@@ -10,10 +10,9 @@ import torch
 
 from mechinterp_cli.config.loader import LoadedConfig, load_config
 from mechinterp_cli.engine.determinism import deterministic
-from mechinterp_cli.engine.plan import Plan
 from mechinterp_cli.errors import UserError
 from mechinterp_cli.methods import run as running
-from mechinterp_cli.methods.prepare import Prepared, prepare
+from mechinterp_cli.methods.bench import Recorded
 from mechinterp_cli.report.view import read_outcome
 from mechinterp_cli.runs.changes import changes, version_changes
 from mechinterp_cli.runs.directory import find_run
@@ -51,10 +50,10 @@ def resume_experiment(path: Path, *, progress: Progress, given: LoadedConfig | N
         _refuse(path, "config", changes(manifest.config, loaded.config.resolved()))
         _refuse(path, "versions", version_changes(manifest))
         with deterministic(loaded.config.deterministic), _threads(manifest.hardware.get("threads")):
-            prepared = prepare(loaded, progress)
+            prepared = running.prepare(loaded, progress)
             _refuse_other_inputs(path, manifest, prepared)
             with reopen(path, lock, loaded.config.output.formats) as run:
-                return running.carry_out(run, prepared, progress, recorded_plan(manifest))
+                return running.carry_out(run, prepared, progress, recorded_parts(manifest))
 
 
 def recorded_config(path: Path) -> LoadedConfig:
@@ -66,17 +65,20 @@ def recorded_config(path: Path) -> LoadedConfig:
     return load_config(path / "config.resolved.yaml")
 
 
-def recorded_plan(manifest: Manifest) -> Plan | None:
-    """The plan in a manifest, where the run came so far."""
-    plan: Any = manifest.engine.get("plan")
-    return None if plan is None else Plan.from_json(plan)
+def recorded_parts(manifest: Manifest) -> Recorded:
+    """The plans in a manifest, as far as the run came."""
+    parts: Any = manifest.engine.get("parts", [])
+    return list(parts)
 
 
-def _refuse_other_inputs(path: Path, manifest: Manifest, prepared: Prepared) -> None:
+def _refuse_other_inputs(path: Path, manifest: Manifest, prepared: "running.Prepared") -> None:
     """Refuse another model or other prompts than those the run began with."""
     if not manifest.model:  # it was stopped before it wrote down what it had loaded
         return
-    _refuse(path, "model", changes(manifest.model, running.describe_model(prepared)))
+    before, now = dict(manifest.model), running.describe_model(prepared)
+    if "checkpoints" in now:  # those after the first are compared when they are loaded
+        before["checkpoints"] = before.get("checkpoints", [])[:1]
+    _refuse(path, "model", changes(before, now))
     _refuse(path, "task", changes(manifest.task, running.describe_task(prepared)))
 
 

@@ -11,8 +11,9 @@ from typing import Any, Protocol
 import pandas as pd
 
 from mechinterp_cli.errors import UserError
+from mechinterp_cli.report.heads import heads_view
 from mechinterp_cli.report.patch import patch_view
-from mechinterp_cli.report.picture import Picture
+from mechinterp_cli.report.shapes import Picture
 from mechinterp_cli.runs.directory import find_run
 from mechinterp_cli.runs.manifest import Manifest
 from mechinterp_cli.runs.outcome import RunOutcome
@@ -48,6 +49,7 @@ class ViewSource:
 
 VIEWS: Mapping[str, ViewSource] = {
     "patch": ViewSource(patch_view, needs=("summary", "prompts")),
+    "heads": ViewSource(heads_view, needs=("scores",), uses=("patterns", "prompts", "causal", "summary", "baselines")),
 }
 """By subcommand."""
 

@@ -9,16 +9,11 @@ import numpy.typing as npt
 import pandas as pd
 import pyarrow as pa
 
-KEYS = {
-    "trials": ("trial", "edit"),
-    "prompts": ("prompt", "stream"),
-    "baselines": ("prompt", "stream", "metric", "draw"),
-    "results": ("trial", "prompt", "metric", "draw"),
-    "summary": ("trial", "metric", "group", "aggregate"),
-}
-"""What names a row of each table."""
+from mechinterp_cli.runs.schema import table_keys
+
 INFERRED = frozenset(
-    {"ci_low", "ci_high", "cluster_low", "cluster_high", "ci_method", "p", "p_adjusted", "p_method", "verdict"}
+    {"ci_low", "ci_high", "cluster_low", "cluster_high", "difference_low", "difference_high"}
+    | {"ci_method", "p", "p_adjusted", "p_method", "verdict"}
 )
 """What statistics make of the numbers. Compared where the effect is the same to the last bit and beyond the tolerance:
 elsewhere a sign that rounding turned can tip a p-value, and the numbers themselves are what counts."""
@@ -73,7 +68,7 @@ def table_differences(name: str, recorded: pa.Table, repeated: pa.Table, toleran
         repeated: The second run's.
         tolerance: For real numbers.
     """
-    keys = [key for key in KEYS[name] if key in recorded.column_names and key in repeated.column_names]
+    keys = [key for key in table_keys(name) if key in recorded.column_names and key in repeated.column_names]
     before, now = _frame(recorded, keys), _frame(repeated, keys)
     found = [
         Difference(name, _words(row, keys), "row", *sides, float("inf"))
@@ -91,7 +86,8 @@ def table_differences(name: str, recorded: pa.Table, repeated: pa.Table, toleran
 
 def _inferred_alike(before: pd.DataFrame, now: pd.DataFrame, tolerance: Tolerance) -> npt.NDArray[np.bool_]:
     """Rows whose statistics must be the same (see `INFERRED`)."""
-    first, second = (frame["effect"].to_numpy(dtype=np.float64, na_value=np.nan) for frame in (before, now))
+    column = "effect" if "effect" in before else "value"
+    first, second = (frame[column].to_numpy(dtype=np.float64, na_value=np.nan) for frame in (before, now))
     alike: npt.NDArray[np.bool_] = (first == second) & (np.abs(first) > tolerance.atol)
     return alike
 

@@ -40,6 +40,9 @@ _SITE = [
     column("span", _TEXT),
 ]
 
+_CHECKPOINT = [column("checkpoint", _TEXT), column("tokens_seen", pa.int64())]
+"""Of every table but `prompts`: which moment of training a row is of, where the config names several."""
+
 _COLUMNS: dict[str, list[pa.Field]] = {
     # One row per trial x edit.
     "trials": [
@@ -60,7 +63,7 @@ _COLUMNS: dict[str, list[pa.Field]] = {
         column("set", _TEXT),
         column("k", _INDEX),
         column("design", _TEXT),
-        column("checkpoint", _TEXT),
+        *_CHECKPOINT,
     ],
     # One row per observation: trial x prompt x metric x draw.
     "results": [
@@ -75,6 +78,7 @@ _COLUMNS: dict[str, list[pa.Field]] = {
         column("effect", _REAL),
         column("normalized", _REAL),
         column("status", _TEXT, required=True),
+        *_CHECKPOINT,
     ],
     # One row per prompt x stream x metric, of the unedited streams.
     "baselines": [
@@ -86,6 +90,7 @@ _COLUMNS: dict[str, list[pa.Field]] = {
         column("draw", _INDEX),
         column("value", _REAL),
         column("status", _TEXT, required=True),
+        *_CHECKPOINT,
     ],
     # One row per trial x metric x group.
     "summary": [
@@ -111,6 +116,7 @@ _COLUMNS: dict[str, list[pa.Field]] = {
         column("family", _TEXT),
         column("verdict", _TEXT),
         column("status", _TEXT),
+        *_CHECKPOINT,
     ],
     # One row per prompt x stream: enough to recompute any row of results with transformers alone.
     "prompts": [
@@ -134,31 +140,54 @@ _COLUMNS: dict[str, list[pa.Field]] = {
 TableData: TypeAlias = pa.Table | pd.DataFrame | Mapping[str, Any] | Sequence[Mapping[str, Any]]
 """What can be brought into a table's form."""
 
+_KEYS: dict[str, tuple[str, ...]] = {
+    "trials": ("checkpoint", "trial", "edit"),
+    "prompts": ("prompt", "stream"),
+    "baselines": ("checkpoint", "prompt", "stream", "metric", "draw"),
+    "results": ("checkpoint", "trial", "prompt", "metric", "draw"),
+    "summary": ("checkpoint", "trial", "metric", "group", "aggregate"),
+}
+PARQUET_ONLY = frozenset({"trials", "baselines", "prompts", "patterns"})
+"""Tables that are never written as CSV: for looking things up, not for reading."""
+
 _extensions: dict[tuple[str, str], list[pa.Field]] = {}
 
 STATUSES = ("ok", "trivial", "undefined", "nan")
 """What `results.status` may be: computed; known to be 0 and not computed; no normalised value; NaN in the model."""
 
 
-def register_columns(method: str, table: str, columns: Iterable[pa.Field]) -> None:
+def register_columns(method: str, table: str, columns: Iterable[pa.Field], keys: Sequence[str] = ()) -> None:
     """Add a method's own columns to a table, after the common ones.
 
-    A table that is not one of the common ones (`predictions`) is made by this call.
+    A table that is not one of the common ones (`predictions`) is made by this call; it has a checkpoint's columns, too.
 
     Args:
         method: The subcommand that fills them.
         table: The table's name.
         columns: What `column` gives.
+        keys: For a table that is made: what names a row, beside the checkpoint.
 
     Raises:
         ValueError: A name is taken.
     """
-    added = list(columns)
+    added = [*columns, *(() if table in _COLUMNS else _CHECKPOINT)]
     names = [item.name for item in (*_COLUMNS.get(table, []), *added)]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ValueError(f"{table}: columns named twice: {', '.join(twice)}")
     _extensions[method, table] = added
+    if table not in _COLUMNS:
+        _KEYS[table] = ("checkpoint", *keys)
+
+
+def table_keys(table: str) -> tuple[str, ...]:
+    """What names a row of a table; none for a table that nobody registered."""
+    return _KEYS.get(table, ())
+
+
+def keyed_tables() -> tuple[str, ...]:
+    """Every table whose rows have a name."""
+    return tuple(_KEYS)
 
 
 def table_schema(table: str, method: str = "") -> pa.Schema:
