@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mechinterp_cli.errors import UserError
 from mechinterp_cli.tasks.prompts import Prompt
+from mechinterp_cli.tasks.registry import tasks_with_answers
 
 ROWS_PER_CHUNK = 64
 """Rows measured at once: temporaries stay near 13 MB each at 49,152 tokens."""
@@ -142,6 +143,8 @@ class Metric:
     function: MetricFunction
     label: str
     """For axes and captions, with the unit where there is one."""
+    needs_answer: bool = True
+    """Every prompt must have an answer."""
     needs_wrong: bool = False
     """Every prompt must have a wrong answer."""
     needs_reference: bool = False
@@ -158,6 +161,7 @@ METRICS: dict[str, Metric] = {}
 def _metric(
     label: str,
     *,
+    needs_answer: bool = True,
     needs_wrong: bool = False,
     needs_reference: bool = False,
     higher_is_better: bool = True,
@@ -167,7 +171,14 @@ def _metric(
 
     def register(function: MetricFunction) -> MetricFunction:
         METRICS[function.__name__] = Metric(
-            function.__name__, function, label, needs_wrong, needs_reference, higher_is_better, ratio_of_means_only
+            function.__name__,
+            function,
+            label,
+            needs_answer,
+            needs_wrong,
+            needs_reference,
+            higher_is_better,
+            ratio_of_means_only,
         )
         return function
 
@@ -215,7 +226,7 @@ def rank(readout: Readout) -> Float[Tensor, " items"]:
     return _to_sum_dtype((readout.logits > _best_answer(readout)).sum(-1))
 
 
-@_metric("KL to clean (nats)", needs_reference=True, higher_is_better=False)
+@_metric("KL to clean (nats)", needs_answer=False, needs_reference=True, higher_is_better=False)
 def kl(readout: Readout) -> Float[Tensor, " items"]:
     """Σ_vocab p_clean (log p_clean − log p), in nats: a sum over the vocabulary, never a mean.
 
@@ -269,7 +280,7 @@ class Measurer:
         device: Where the logits will be.
 
     Raises:
-        UserError: A metric is unknown, a prompt has no answer, or no wrong answer where a metric needs one.
+        UserError: A metric is unknown, or a prompt lacks the answer or the wrong answer that it needs.
         ValueError: `kl` without reference logits.
     """
 
@@ -343,21 +354,33 @@ def find_metric(name: str) -> Metric:
     return METRICS[name]
 
 
-def check_prompts(metrics: Sequence[Metric], prompts: Sequence[Prompt]) -> None:
+def check_prompts(metrics: Sequence[Metric], prompts: Sequence[Prompt], task: str = "") -> None:
     """Refuses metrics that the prompts cannot serve; to be called before any forward pass.
 
+    Args:
+        metrics: What is to be measured.
+        prompts: The prompts.
+        task: Their task's name, for the message.
+
     Raises:
-        UserError: A prompt has no answer, or no wrong answer where a metric needs one.
+        UserError: A prompt lacks the answer or the wrong answer that a metric needs.
     """
-    needing = [metric.name for metric in metrics if metric.needs_wrong]
+    of = f" of task {task!r}" if task else ""
+    answer = next((metric.name for metric in metrics if metric.needs_answer), None)
+    wrong = next((metric.name for metric in metrics if metric.needs_wrong), None)
     for index, prompt in enumerate(prompts):
-        if not prompt.answer:
-            raise UserError(f"prompt {index} has no answer token", "Give every prompt an `answer`.")
-        if needing and not prompt.wrong_answer:
+        if answer is not None and not prompt.answer:
+            raise UserError(f"metrics: {answer} needs an answer, and prompt {index}{of} has none", _answer_remedy())
+        if wrong is not None and not prompt.wrong_answer:
             raise UserError(
-                f"metrics: {needing[0]} needs a wrong answer, and prompt {index} has none",
+                f"metrics: {wrong} needs a wrong answer, and prompt {index}{of} has none",
                 "Give every prompt a `wrong_answer`, or use prob, logprob, rank, accuracy or kl.",
             )
+
+
+def _answer_remedy() -> str:
+    free = " or ".join(sorted(name for name, metric in METRICS.items() if not metric.needs_answer))
+    return f"Use {free}, or a task with answers: {', '.join(tasks_with_answers())}."
 
 
 def _best_answer(readout: Readout) -> Tensor:

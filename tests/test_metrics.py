@@ -162,9 +162,20 @@ def test_no_items_give_no_rows() -> None:
 def test_what_the_metrics_need_is_known_before_a_pass() -> None:
     assert {name for name, metric in METRICS.items() if metric.needs_wrong} == {"logit_diff", "prob_diff"}
     assert {name for name, metric in METRICS.items() if metric.needs_reference} == {"kl"}
+    assert {name for name, metric in METRICS.items() if not metric.needs_answer} == {"kl"}
     assert {name for name, metric in METRICS.items() if metric.ratio_of_means_only} == {"rank", "accuracy"}
     assert {name for name, metric in METRICS.items() if not metric.higher_is_better} == {"rank", "kl"}
     assert all("ormalised" in (metric.function.__doc__ or "") for metric in METRICS.values())
+
+
+def test_divergence_needs_no_answer() -> None:
+    generator = torch.Generator().manual_seed(0)
+    clean, other = torch.randn(2, 2, 7, generator=generator)
+    index = torch.tensor([0, 1])
+    asked = Measurer(["kl"], [prompt([0], [1]), prompt([2])], clean)(other, index)
+    unasked = Measurer(["kl"], [prompt([]), prompt([])], clean)(other, index)
+    assert torch.equal(asked, unasked)
+    assert (unasked > 0.01).all()
 
 
 def test_refusals_name_the_cause() -> None:
@@ -173,8 +184,9 @@ def test_refusals_name_the_cause() -> None:
     assert "logit_diff" in unknown.value.remedy
     with pytest.raises(UserError, match="logit_diff needs a wrong answer, and prompt 1 has none"):
         Measurer(["prob", "logit_diff"], [prompt([0], [1]), prompt([0])])
-    with pytest.raises(UserError, match="prompt 0 has no answer token"):
-        Measurer(["prob"], [prompt([])])
+    with pytest.raises(UserError, match="metrics: prob needs an answer, and prompt 0 has none") as asking:
+        Measurer(["kl", "prob"], [prompt([])], torch.zeros(1, 5))
+    assert asking.value.remedy.startswith("Use kl, or a task with answers: ")
     with pytest.raises(ValueError, match="clean stream"):
         Measurer(["kl"], [prompt([0])])
     with pytest.raises(UserError, match="token id 9 is outside the model's vocabulary of 5 tokens"):

@@ -111,7 +111,7 @@ def test_tasks_are_known_without_loading_torch() -> None:
     )
     command = [sys.executable, "-c", script]
     output = subprocess.run(command, cwd=ROOT, capture_output=True, check=True, text=True).stdout
-    assert output.split() == ["False", *sorted([*GENERATED, "file", "prompts"])]
+    assert output.split() == ["False", *sorted([*GENERATED, "file", "prompts", "repeats", "text"])]
 
 
 def test_every_option_is_described() -> None:

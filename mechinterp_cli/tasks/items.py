@@ -65,7 +65,7 @@ def build_items(items: Sequence[tuple[str, PromptItem]], options: CommonOptions,
             continue
         first[key] = where
         prompts.append(prompt)
-    return Built(_sampled(prompts, options), dropped)
+    return Built(sampled(prompts, options), dropped)
 
 
 def _identity(prompt: Prompt) -> tuple[object, ...]:
@@ -73,7 +73,12 @@ def _identity(prompt: Prompt) -> tuple[object, ...]:
     return prompt.clean, prompt.corrupt, prompt.answer, prompt.wrong_answer
 
 
-def _sampled(prompts: list[Prompt], options: CommonOptions) -> list[Prompt]:
+def sampled(prompts: list[Prompt], options: CommonOptions) -> list[Prompt]:
+    """A seeded sample of `n` prompts in the given order; all where `n` is null.
+
+    Raises:
+        UserError: There are fewer than `n`.
+    """
     if options.n is None:
         return prompts
     if options.n > len(prompts):

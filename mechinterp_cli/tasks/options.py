@@ -1,8 +1,8 @@
 """Options that every task has."""
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from mechinterp_cli.config.base import TaskOptions
 from mechinterp_cli.config.types import Count, Flag, Seed, Text
@@ -14,6 +14,9 @@ Templates = TemplateNumber | Literal["all"] | Annotated[tuple[TemplateNumber | T
 
 class CommonOptions(TaskOptions):
     """Options of every task: how many prompts, which to keep, how they are tokenised."""
+
+    has_answers: ClassVar[bool] = True
+    """Whether its prompts have a right answer; those of `repeats` and `text` have none."""
 
     n: Count | None = 32
     """How many prompts; null takes every row of `file` and `inline`."""
@@ -27,6 +30,13 @@ class CommonOptions(TaskOptions):
     """True wraps the prompt in the tokenizer's chat template as the user's message; the answer then opens the reply."""
     answer_tokens: Literal["single", "first"] = "single"
     """`single` refuses an answer of several tokens; `first` takes the first token of a longer answer."""
+
+    @field_validator("keep")
+    @classmethod
+    def _check_keep(cls, keep: str) -> str:
+        if keep == "correct" and not cls.has_answers:
+            raise ValueError(f"task {cls.task_name} has no answers that could be correct, so only all is allowed")
+        return keep
 
 
 class GeneratedOptions(CommonOptions):

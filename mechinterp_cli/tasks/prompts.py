@@ -14,8 +14,9 @@ class Prompt:
     clean: str
     clean_tokens: tuple[int, ...]
     answer: tuple[int, ...]
-    """Token ids that count as the correct answer (one, or a set such as the later years)."""
+    """Token ids that count as the correct answer: one, or a set such as the later years; none where none is asked."""
     answer_text: str
+    """Empty where nothing is asked."""
     corrupt: str | None = None
     corrupt_tokens: tuple[int, ...] | None = None
     """As long as `clean_tokens` where there is one."""

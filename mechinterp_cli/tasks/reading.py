@@ -1,16 +1,17 @@
-"""Files of prompts as rows: what is read, and the line it stood in. Nothing here knows what a column means."""
+"""Files of prompts as rows or pieces: what is read, and the line it stood in. Nothing here knows what it means."""
 
 import csv
 import io
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from mechinterp_cli.errors import UserError
 
 Row = Mapping[str, Any]
+Unit = Literal["line", "paragraph", "file"]
 _LARGEST = 256 * 2**20
 """Bytes; no file of prompts comes near, and what does is something else."""
 
@@ -39,17 +40,68 @@ def read_rows(path: str) -> Rows:
     readers = {"csv": _csv, "jsonl": _jsonl, "json": _json}
     if kind not in readers:
         raise UserError(f"task.file: {path!r} is no .csv, .jsonl or .json file", "Convert it, or rename it.")
-    rows = tuple(readers[kind](_text(path), path))
+    rows = tuple(readers[kind](_text(path, "task.file", "a .csv, .jsonl or .json file"), path))
     if not rows:
         raise UserError(f"{path}: has no prompts", "Give it at least one row.")
     return Rows(path, kind, rows)
 
 
-def _text(path: str) -> str:
+def read_pieces(path: str, unit: Unit) -> list[tuple[str, str]]:
+    """Read a text file and take it apart.
+
+    A byte-order mark and either line ending are accepted; line endings become single line feeds. What is blank is
+    left out. Blank lines separate paragraphs. Line feeds at a piece's end are no part of it.
+
+    Args:
+        path: The file.
+        unit: What one piece is.
+
+    Returns:
+        For each piece, what an error calls it (file and line of its beginning), and its text.
+
+    Raises:
+        UserError: The file cannot be read, is not UTF-8, or is blank; the message names the line.
+    """
+    text = _text(path, "task.path", "a text file").replace("\r\n", "\n")
+    pieces = [(f"{path} line {line}", piece) for line, piece in _CUTS[unit](text)]
+    if not pieces:
+        raise UserError(f"{path}: has no text", "Give it at least one line.")
+    return pieces
+
+
+def _lines(text: str) -> Iterator[tuple[int, str]]:
+    # Not splitlines: that also splits at form feeds, U+2028 and others.
+    return ((number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip())
+
+
+def _paragraphs(text: str) -> Iterator[tuple[int, str]]:
+    begins, paragraph = 0, list[str]()
+    for number, line in enumerate([*text.split("\n"), ""], 1):
+        if line.strip():
+            begins = begins if paragraph else number
+            paragraph.append(line)
+        elif paragraph:
+            yield begins, "\n".join(paragraph)
+            paragraph = []
+
+
+def _whole(text: str) -> Iterator[tuple[int, str]]:
+    if text.strip():
+        yield 1, text.rstrip("\n")
+
+
+_CUTS: Mapping[Unit, Callable[[str], Iterator[tuple[int, str]]]] = {
+    "line": _lines,
+    "paragraph": _paragraphs,
+    "file": _whole,
+}
+
+
+def _text(path: str, key: str, wanted: str) -> str:
     file = Path(path)
     if not file.is_file():
         state = "is not an ordinary file" if file.exists() else "does not exist"
-        raise UserError(f"task.file: {path!r} {state}", "Give the path of a .csv, .jsonl or .json file.")
+        raise UserError(f"{key}: {path!r} {state}", f"Give the path of {wanted}.")
     try:
         if file.stat().st_size > _LARGEST:
             raise UserError(f"{path}: is larger than {_LARGEST >> 20} MiB", "Split it.")
@@ -60,7 +112,7 @@ def _text(path: str) -> str:
         cause = f"{path} line {line}: byte {error.start} (0x{data[error.start]:02x}) is not UTF-8"
         raise UserError(cause, "Save the file as UTF-8.") from None
     except OSError as error:
-        raise UserError(f"task.file: {path!r} cannot be read: {error.strerror}", "Check its permissions.") from None
+        raise UserError(f"{key}: {path!r} cannot be read: {error.strerror}", "Check its permissions.") from None
     if "\0" in text:
         line = text.count("\n", 0, text.index("\0")) + 1
         raise UserError(f"{path} line {line}: holds a NUL character", "Take it out; is it a text file?")

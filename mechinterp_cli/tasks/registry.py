@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from mechinterp_cli.config.base import TaskOptions
+from mechinterp_cli.tasks.options import CommonOptions
 from mechinterp_cli.tasks.prompts import Dropped, Prompt
 from mechinterp_cli.tasks.tokenise import Encoder
 
@@ -38,3 +39,9 @@ def builds(options: type[Options]) -> Callable[[Builder[Options]], Builder[Optio
         return builder
 
     return register
+
+
+def tasks_with_answers() -> tuple[str, ...]:
+    """Names of the registered tasks whose prompts have a right answer."""
+    answering = (chosen for chosen in BUILDERS if issubclass(chosen, CommonOptions) and chosen.has_answers)
+    return tuple(sorted(chosen.task_name for chosen in answering))

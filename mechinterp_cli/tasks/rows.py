@@ -22,7 +22,8 @@ def prompt_rows(prompts: PromptSet, tokenizer: "PreTrainedTokenizerBase") -> lis
     Returns:
         Rows with `prompt` (index), `stream` (`clean`, `corrupt`), `text`, `token_ids`, `tokens` (as text; the ids
         are what counts), `spans` (JSON: name to positions), `answer`, `answer_ids`, `wrong_answer`,
-        `wrong_answer_ids`, `group`, `cluster`, `template`.
+        `wrong_answer_ids`, `group`, `cluster`, `template`. Where nothing is asked, `answer` and `wrong_answer` are
+        None and their ids are empty.
     """
     encoder = Encoder(tokenizer)
     return [
@@ -64,7 +65,7 @@ class Description:
         """The description as lines of plain text; tokens are written as Python would, so that spaces show."""
         return [
             *(f"{stream} ({len(tokens)} tokens): {_joined(tokens)}" for stream, tokens in self.streams.items()),
-            f"answer: {_joined(self.answer)}   wrong answer: {_joined(self.wrong_answer) or 'none'}",
+            f"answer: {_joined(self.answer) or 'none'}   wrong answer: {_joined(self.wrong_answer) or 'none'}",
             "spans: " + ", ".join(f"{name}={list(at)}" for name, at in self.spans.items()),
             *([f"clean and corrupt differ at {list(self.differ)}"] if "corrupt" in self.streams else []),
             *(f"note: {note}" for note in self.notes),
@@ -105,9 +106,9 @@ def _row(index: int, stream: str, text: str, ids: tuple[int, ...], prompt: Promp
         "token_ids": list(ids),
         "tokens": encoder.strings(ids),
         "spans": json.dumps(_spans(prompt), sort_keys=True),
-        "answer": prompt.answer_text,
+        "answer": prompt.answer_text if prompt.answer else None,
         "answer_ids": list(prompt.answer),
-        "wrong_answer": prompt.wrong_answer_text,
+        "wrong_answer": prompt.wrong_answer_text if prompt.answer else None,
         "wrong_answer_ids": list(prompt.wrong_answer),
         "group": prompt.group,
         "cluster": prompt.cluster,

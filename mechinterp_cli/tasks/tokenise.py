@@ -15,10 +15,16 @@ if TYPE_CHECKING:
 Range = tuple[int, int]
 _CARRIER = "The"
 """What a word is tried after: some tokenizers treat the start of a text differently."""
+_QUOTED = 200
+"""So many characters of a prompt are quoted in an error."""
 
 
 class UnknownWordError(UserError):
     """A text has a word that the tokenizer does not know, and no token that stands for unknown words."""
+
+
+class NoTokenError(UserError):
+    """A text of which the tokenizer leaves nothing."""
 
 
 @dataclass(frozen=True)
@@ -86,12 +92,13 @@ class Encoder:
         prefix = _prefix(tokenizer, add_bos)
         return cls(tokenizer, prefix, bool(chat_template), max_length, vocab_size)
 
-    def encode(self, text: str, where: str = "prompt") -> Encoded:
+    def encode(self, text: str, where: str = "prompt", *, first: int | None = None) -> Encoded:
         """Tokenise one prompt and check that the model can take it.
 
         Args:
             text: The prompt as the user gave it.
             where: What to call it in an error, such as `task.prompts[3].clean`.
+            first: Keep only so many of its tokens, not counting what is put before them; None: all.
 
         Raises:
             UserError: Empty, not encodable, with unknown words, too long, or with tokens the model does not have.
@@ -102,6 +109,7 @@ class Encoder:
             ids, offsets = self.ids_and_offsets(rendered)
         except UnknownWordError as error:
             raise UserError(f"{where}: {error.cause}", error.remedy) from None
+        ids, offsets = ids[:first], offsets[:first]
         self._check_known(ids, rendered, where)
         prefix = self._missing_prefix(ids, where)
         clipped = tuple(_clip(a - start, b - start, len(text)) for a, b in offsets)
@@ -207,9 +215,10 @@ class Encoder:
     def _check_known(self, ids: tuple[int, ...], text: str, where: str) -> None:
         unknown = self.tokenizer.unk_token_id
         if unknown is not None and unknown in ids and str(self.tokenizer.unk_token) not in text:
-            raise UserError(f"{where}: {text!r} has a word that the tokenizer does not know", "Use words it knows.")
+            cause = f"{where}: {_quoted(text)} has a word that the tokenizer does not know"
+            raise UserError(cause, "Use words it knows.")
         if not ids:
-            raise UserError(f"{where}: {text!r} gives no token with this tokenizer", "Use words it knows.")
+            raise NoTokenError(f"{where}: {_quoted(text)} gives no token with this tokenizer", "Use words it knows.")
 
     def _decoded_offsets(self, ids: tuple[int, ...], text: str) -> tuple[Range, ...]:
         ends = [len(self.text_of(ids[: i + 1])) for i in range(len(ids))]
@@ -236,6 +245,11 @@ def check_text(text: str, where: str) -> None:
     except UnicodeEncodeError as error:
         cause = f"{where}: character {error.start} is half of a surrogate pair, which is no text"
         raise UserError(cause, "Write the character itself, in UTF-8.") from None
+
+
+def _quoted(text: str) -> str:
+    """A text in quotes; of a long one the beginning."""
+    return repr(text) if len(text) <= _QUOTED else f"{text[:_QUOTED]!r}..."
 
 
 def _prefix(tokenizer: "PreTrainedTokenizerBase", add_bos: bool | None) -> tuple[int, ...]:
@@ -269,7 +283,7 @@ def _call(tokenizer: "PreTrainedTokenizerBase", text: str, **options: bool) -> "
         # The tokenizers library raises the bare class, and nothing narrower, for a word it has no token for.
         if type(error) is not Exception:
             raise
-        cause = f"{text!r} has a word that the tokenizer does not know ({error})"
+        cause = f"{_quoted(text)} has a word that the tokenizer does not know ({error})"
         raise UnknownWordError(cause, "Use words it knows.") from None
     return coded
 

@@ -18,11 +18,7 @@ from mechinterp_cli.tasks.options import GeneratedOptions
 from mechinterp_cli.tasks.prompts import Prompt
 from mechinterp_cli.tasks.registry import Built, builds
 from mechinterp_cli.tasks.tokenise import Encoder
-
-_POOL = 2000
-"""So many ordinary tokens are enough to draw from."""
-_FEWEST_WORDS = 200
-"""A tokenizer with fewer whole words than this is one of symbols, and any ordinary token will do."""
+from mechinterp_cli.tasks.vocabulary import ordinary_tokens
 
 
 class InductionOptions(GeneratedOptions):
@@ -88,39 +84,6 @@ def build_induction(options: InductionOptions, encoder: Encoder) -> Built:
             return Built(list(drawn.values()))
     cause = f"task induction: only {len(drawn)} different prompts were found, and {options.n} are asked for"
     raise UserError(cause, "Lower task.n, or raise task.block.")
-
-
-def ordinary_tokens(encoder: Encoder, draw: Draw) -> list[int]:
-    """Ids of tokens that are neither special nor a piece of a character, in a random order, at most 2,000.
-
-    Whole words after a space where the tokenizer has enough of them, any visible text where it has not (symbols).
-    """
-    size = min(len(encoder.tokenizer), encoder.vocab_size or len(encoder.tokenizer))
-    special = set(encoder.tokenizer.all_special_ids) | set(encoder.tokenizer.added_tokens_decoder)
-    words: list[int] = []
-    others: list[int] = []
-    for token in draw.distinct(size, size):
-        if token in special:
-            continue
-        text = encoder.text_of((token,))
-        if _is_word(str(encoder.tokenizer.convert_ids_to_tokens(token)), text):
-            words.append(token)
-        elif _is_visible(text):
-            others.append(token)
-        if len(words) == _POOL:
-            break
-    return words if len(words) >= _FEWEST_WORDS else sorted(words + others)
-
-
-def _is_word(raw: str, text: str) -> bool:
-    """Whether a token is a word after a space; byte-level and SentencePiece vocabularies mark the space."""
-    bare = text.strip()
-    return raw[:1] in {"Ġ", "▁", " "} and len(bare) > 1 and bare.isascii() and bare.isalpha()
-
-
-def _is_visible(text: str) -> bool:
-    bare = text.strip()
-    return bool(bare) and bare.isprintable() and "\ufffd" not in bare
 
 
 def _shape(options: InductionOptions) -> _Shape:
