@@ -100,7 +100,7 @@ def previous_token(sequences: Sequences) -> Cells:
     al. 2022 (2209.11895), previous-token heads.
     """
     prompts, positions = sequences.tokens.shape
-    queries = torch.arange(max(1, sequences.skip), positions)
+    queries = torch.arange(positions)[max(1, sequences.skip) :]
     return _same_for_all(prompts, positions, queries, queries - 1)
 
 
