@@ -1,16 +1,15 @@
 """Attention pictures: which token looks at which, one panel per head."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import altair as alt
 import numpy as np
-import numpy.typing as npt
 
 from mechinterp_cli.report.labels import show_text, show_token
 from mechinterp_cli.report.picture import COLOURS, PICTURE_WIDTH, Chart, Drawing, head_lines, inline
+from mechinterp_cli.report.shapes import AttentionPanel, AttentionPicture
 
 SEQUENTIAL = COLOURS[len(COLOURS) // 2 :]
 """White to blue."""
@@ -19,31 +18,10 @@ HIDDEN = "#ececec"
 MAX_TOKENS = 128
 """Longer sequences are drawn from their end; the caption says so."""
 MAX_LABELS = 64
-SIDE = 560
+SIDE = 510
 """Pixels that a panel's side takes at most, as long as its cells stay visible."""
 SMALLEST_SIDE = 150
 LABEL_ROOM = 130
-
-
-@dataclass(frozen=True, kw_only=True)
-class AttentionPanel:
-    """One head."""
-
-    title: str
-    pattern: npt.NDArray[np.float64]
-    """`[queries, keys]`, probabilities; NaN where the query cannot see the key."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class AttentionPicture:
-    """Heads on one sequence."""
-
-    title: str
-    lines: tuple[str, ...]
-    """What stands below the title."""
-    tokens: tuple[str, ...]
-    """As decoded, one per position."""
-    panels: tuple[AttentionPanel, ...]
 
 
 def drawing(picture: AttentionPicture) -> Drawing:

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
@@ -10,54 +9,16 @@ import altair as alt
 
 from mechinterp_cli.report.labels import show_text
 from mechinterp_cli.report.picture import PICTURE_WIDTH, SERIES_COLOURS, Chart, Drawing, head_lines, inline
+from mechinterp_cli.report.shapes import Curve, CurvePanel, Curves, y_range
 
 SHAPES = ("circle", "square", "triangle-up", "diamond", "cross", "triangle-down", "triangle-right")
 DASHES: tuple[list[int], ...] = ([1, 0], [6, 3], [2, 2], [8, 2, 2, 2])
 """Lines differ by colour, dash and shape: the colours alone are lost in a grey print."""
 HEIGHT, LOW_HEIGHT, LEGEND_ROOM = 230, 150, 190
-LABEL_PIXELS = 34
+LABEL_PIXELS = 40
 """Room that the label of a number on the x axis takes."""
 WIDE = 20
 """From this ratio of the largest to the smallest positive x on, the axis is logarithmic (around 0: linear)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Curve:
-    """One line; gaps are NaN."""
-
-    name: str
-    x: tuple[float | str, ...]
-    y: tuple[float, ...]
-    low: tuple[float, ...] | None = None
-    """Lower edge of the band, where there is one."""
-    high: tuple[float, ...] | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class CurvePanel:
-    """One panel; its curves' names are distinct."""
-
-    title: str
-    y_title: str
-    curves: tuple[Curve, ...]
-    y_range: tuple[float, float] | None = None
-    """Where panels are to be compared; 0 and all bands are in it otherwise."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Curves:
-    """One picture: panels over the same x axis."""
-
-    title: str
-    lines: tuple[str, ...]
-    """What stands below the title."""
-    x_title: str
-    panels: tuple[CurvePanel, ...]
-    across: int
-    """Panels in a row; 1 sets them below each other, sharing the x axis."""
-    one_legend: bool = False
-    """All panels have curves of the same names."""
-    width: int = 260
 
 
 def drawing(curves: Curves) -> Drawing:
@@ -72,7 +33,7 @@ def chart(curves: Curves) -> Chart:
     panels = [_panel(curves, i, across) for i in range(len(curves.panels))]
     title = head_lines(curves.title, curves.lines, room)
     concat = alt.concat(*panels, columns=across, title=title, spacing=18)
-    whole = concat.resolve_scale(color="independent", shape="independent", strokeDash="independent")
+    whole: Chart = concat.resolve_scale(color="independent", shape="independent", strokeDash="independent")
     drawn: Chart = whole.configure_view(stroke="#999999").configure_axis(gridColor="#eeeeee")
     return drawn
 
@@ -95,24 +56,6 @@ def _panel(curves: Curves, index: int, across: int) -> alt.LayerChart:
     layers.append(alt.Chart(points).mark_point(filled=True, size=42, opacity=1).encode(x, y, colour, shape))
     height = LOW_HEIGHT if stacked else HEIGHT
     return alt.LayerChart(layer=layers, width=curves.width, height=height, title=show_text(panel.title))
-
-
-def y_range(panels: Sequence[CurvePanel]) -> tuple[float, float]:
-    """A range that holds every line and band of some panels, 0, and a margin.
-
-    Args:
-        panels: One, or those that are to be compared.
-    """
-    found = [value for panel in panels for curve in panel.curves for value in _heights(curve) if math.isfinite(value)]
-    low, high = min([*found, 0.0]), max([*found, 0.0])
-    margin = 0.06 * (high - low) or 1.0
-    return (low - margin if low < 0 else low), (high + margin if high > 0 or low == 0 else high)
-
-
-def _heights(curve: Curve) -> Iterator[float]:
-    yield from curve.y
-    yield from curve.low or ()
-    yield from curve.high or ()
 
 
 def _zero(y: alt.Y) -> alt.Chart:
@@ -154,7 +97,7 @@ def _shown(x: float | str) -> float | str:
 
 
 def _looks(names: Sequence[str], with_legend: bool) -> tuple[alt.Color, alt.StrokeDash, alt.Shape]:
-    """Colour, dash and shape of every curve; the three share one legend."""
+    """Colour, dash and shape of every curve; the legend shows colour and shape, as dashes spoil small marks."""
     shown = [show_text(name) for name in names]
 
     def scale(looks: Sequence[Any]) -> alt.Scale:
@@ -163,7 +106,7 @@ def _looks(names: Sequence[str], with_legend: bool) -> tuple[alt.Color, alt.Stro
     legend = alt.Legend(title=None, labelLimit=LEGEND_ROOM, symbolOpacity=1, symbolSize=70) if with_legend else None
     return (
         alt.Color("name:N", scale=scale(SERIES_COLOURS), legend=legend),
-        alt.StrokeDash("name:N", scale=scale(DASHES), legend=legend),
+        alt.StrokeDash("name:N", scale=scale(DASHES), legend=None),
         alt.Shape("name:N", scale=scale(SHAPES), legend=legend),
     )
 
@@ -181,7 +124,9 @@ def _x_axis(curves: Curves, *, labels: bool) -> alt.X:
     if kind == "symlog":
         scale.constant = constant
     ticks = _ticks(numbers, kind, constant, curves.width)
-    return alt.X("x:Q", scale=scale, axis=alt.Axis(labels=labels, values=ticks, format="~s", grid=True), title=title)
+    # As an expression, so that every tick has the prefix that suits it: 0, 65.5k, 1.02M.
+    axis = alt.Axis(labels=labels, values=ticks, labelExpr="format(datum.value, '.3~s')", labelOverlap=False)
+    return alt.X("x:Q", scale=scale, axis=axis, title=title)
 
 
 def _x_scale(numbers: Sequence[float]) -> tuple[Literal["linear", "log", "symlog"], float]:

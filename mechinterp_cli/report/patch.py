@@ -8,8 +8,9 @@ import pandas as pd
 
 from mechinterp_cli.report.checkpoints import Checkpoints, checkpoints_of
 from mechinterp_cli.report.grid import Heatmap, HeatmapSpec, build_heatmap
-from mechinterp_cli.report.picture import Picture
+from mechinterp_cli.report.shapes import Picture
 from mechinterp_cli.report.terminal import strongest, strongest_table, terminal_heatmap
+from mechinterp_cli.report.training import trial_curves
 from mechinterp_cli.runs.manifest import Manifest
 
 HEADLINE = ("label", "metric", "value", "effect", "normalized", "ci_low", "ci_high", "p_adjusted", "n", "verdict")
@@ -33,14 +34,22 @@ class PatchView:
     """The same rows of every checkpoint."""
     checkpoints: Checkpoints
     """Those of the run; `rows` are of the last."""
+    about: tuple[str, ...]
+    """Task and model, for the subtitle of what is drawn along training."""
 
     @property
     def pictures(self) -> Sequence[tuple[str, Picture]]:
         """Every map, then the strongest trials along training."""
         # Altair takes half a second to import, which the terminal's view need not wait for.
-        from mechinterp_cli.report import heatmap
+        from mechinterp_cli.report import curves, heatmap
 
-        return [(name, heatmap.drawing(grid)) for name, grid in self.maps]
+        found: list[tuple[str, Picture]] = [(name, heatmap.drawing(grid)) for name, grid in self.maps]
+        if self.checkpoints.several and len(self.strongest):
+            along = trial_curves(
+                self.everywhere, self.strongest, self.checkpoints, self.tokens, self.quantity, self.about
+            )
+            found.append(("training", curves.drawing(along)))
+        return found
 
     @property
     def strongest(self) -> pd.DataFrame:
@@ -95,6 +104,7 @@ def patch_view(manifest: Manifest, tables: Mapping[str, pd.DataFrame]) -> PatchV
         count=manifest.config["output"]["top"],
         everywhere=everywhere,
         checkpoints=checkpoints,
+        about=(spec.title, str(manifest.model.get("id", "")), metric),
     )
 
 

@@ -7,7 +7,7 @@ import io
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias
+from typing import Any, TypeAlias
 
 import altair as alt
 
@@ -22,16 +22,6 @@ SERIES_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f0
 """Okabe and Ito's, which the colour-blind can tell apart; their yellow is too pale for points on white."""
 PICTURE_WIDTH = 1280
 """Panels are set side by side up to this many pixels."""
-
-
-class Picture(Protocol):
-    """A figure of a run."""
-
-    def png(self) -> bytes:
-        """The picture as PNG."""
-
-    def svg(self) -> bytes:
-        """The picture as SVG, UTF-8."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,0 +1,219 @@
+"""The view of a `heads` run: maps of scores, attention of the strongest heads, the proof by ablation, training."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from rich.console import Group
+
+from mechinterp_cli.report.causal import causal_curves, causal_sentences, causal_tables
+from mechinterp_cli.report.cells import figure, interval, missing, number, text
+from mechinterp_cli.report.checkpoints import Checkpoints, checkpoints_of
+from mechinterp_cli.report.grid import Heatmap
+from mechinterp_cli.report.scores import from_name, head_name, of_score, score_map, scores_in, strongest_heads
+from mechinterp_cli.report.shapes import AttentionPanel, AttentionPicture, Picture
+from mechinterp_cli.report.tables import Column, line, text_table
+from mechinterp_cli.report.terminal import terminal_heatmap
+from mechinterp_cli.report.training import checkpoint_table, score_curves
+from mechinterp_cli.runs.manifest import Manifest
+
+HEADLINE_SCORE = ("score", "layer", "head", "kv_head", "value", "ci_low", "ci_high", "chance", "n")
+HEADLINE_CAUSAL = ("ablation", "k", "heads", "metric", "effect", "random_effect", "random_low", "random_high")
+HEADLINE = tuple(dict.fromkeys((*HEADLINE_SCORE, *HEADLINE_CAUSAL, "draws", "difference", "p", "verdict")))
+"""Rows of scores and rows of ablations, told apart by `ablation`, which is null for scores."""
+_COLUMNS = {
+    "score": Column(left=True),
+    "head": Column(),
+    "kv": Column(1),
+    "value": Column(),
+    "interval": Column(2),
+    "chance": Column(3),
+    "n": Column(4),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class HeadsView:
+    """Scores, attention, ablations and training of a run."""
+
+    everywhere: pd.DataFrame
+    """Scores of all checkpoints."""
+    checkpoints: Checkpoints
+    maps: tuple[tuple[str, Heatmap], ...]
+    """(score, map) of the last checkpoint."""
+    attention: tuple[tuple[str, AttentionPicture], ...]
+    """(score, attention of its strongest heads)."""
+    causal: pd.DataFrame
+    """Ablations of the last checkpoint and one metric; empty where there were none."""
+    single: pd.DataFrame
+    """Heads ablated alone, of the same checkpoint and metric."""
+    baselines: pd.DataFrame | None
+    """Metrics of the unedited model."""
+    about: tuple[str, ...]
+    """Model and task, for subtitles."""
+    count: int
+    """How many of the strongest heads are listed."""
+
+    @property
+    def scores(self) -> list[str]:
+        """Names of the scores: those that were proved first, then as in the config."""
+        proved = [str(name) for name in dict.fromkeys(self.causal["score"])] if len(self.causal) else []
+        return list(dict.fromkeys([*proved, *scores_in(self.everywhere)]))
+
+    @property
+    def pictures(self) -> Sequence[tuple[str, Picture]]:
+        """A map per score, attention, ablations, and scores along training where there are checkpoints."""
+        # Altair takes half a second to import, which the terminal's view need not wait for.
+        from mechinterp_cli.report import attention, curves, heatmap
+
+        found: list[tuple[str, Picture]] = [(f"scores-{name}", heatmap.drawing(grid)) for name, grid in self.maps]
+        found += [(f"attention-{name}", attention.drawing(picture)) for name, picture in self.attention]
+        proof = causal_curves(self.causal, (*self.about, self.checkpoints.about))
+        if proof is not None:
+            found.append(("causal", curves.drawing(proof)))
+        if self.checkpoints.several:
+            along = score_curves(self.everywhere, self.baselines, self.checkpoints, self.scores, self.about)
+            found.append(("training", curves.drawing(along)))
+        return found
+
+    def draw(self, width: int, plain: bool) -> Iterator[Any]:
+        """What rich prints: the first map, the strongest heads, the ablations, checkpoints, a sentence per score."""
+        if self.maps:
+            yield terminal_heatmap(self.maps[0][1], width=width, plain=plain)
+            yield self._heads_table(width, plain)
+        if self.checkpoints.several:
+            yield checkpoint_table(
+                self.everywhere, self.baselines, self.checkpoints, self.scores, width=width, plain=plain
+            )
+        yield from causal_tables(self.causal, width=width, plain=plain)
+        if sentences := causal_sentences(self.causal, self.single):
+            yield Group(*[line(sentence, plain) for sentence in sentences])
+
+    def headline(self) -> list[dict[str, Any]]:
+        """The strongest heads of every score, then the ablations, as plain data."""
+        rows = [row for _, row in self._strongest(self.count)]
+        rows += [{str(name): value for name, value in row.items()} for row in self.causal.to_dict("records")]
+        return [{name: None if missing(row.get(name)) else row[name] for name in HEADLINE} for row in rows]
+
+    def _strongest(self, count: int) -> Iterator[tuple[bool, dict[str, object]]]:
+        """The strongest heads of every score in turn, and whether each is its score's first."""
+        last = self.checkpoints.last(self.everywhere)
+        for score in scores_in(last):
+            for place, row in enumerate(strongest_heads(of_score(last, score), count)):
+                yield place == 0, row
+
+    def _heads_table(self, width: int, plain: bool) -> Group:
+        count = min(self.count, 5 if len(self.maps) <= 4 else 3)
+        shown = list(self._strongest(count))
+        shared = any(text(row["kv_head"]) != text(row["head"]) for _, row in shown)
+        cells = [
+            {
+                "score": text(row["score"]) if first else "",
+                "head": " from ".join(filter(None, (head_name(row), from_name(row)))),
+                "kv": text(row["kv_head"]) if shared else "",
+                "value": figure(row["value"]),
+                "interval": interval(row["ci_low"], row["ci_high"], 2),
+                "chance": figure(row["chance"]),
+                "n": text(row["n"]),
+            }
+            for first, row in shown
+        ]
+        return text_table(cells, _COLUMNS, lines=("strongest heads (layer.head)",), width=width, plain=plain)
+
+
+def heads_view(manifest: Manifest, tables: Mapping[str, pd.DataFrame]) -> HeadsView:
+    """The view of a run.
+
+    Args:
+        manifest: The run's.
+        tables: `scores`, and of `patterns`, `prompts`, `causal`, `summary`, `baselines` those that there are.
+    """
+    everywhere = tables["scores"]
+    checkpoints = checkpoints_of(everywhere)
+    about = (str(manifest.model.get("id", "")), str(manifest.task.get("name", "")))
+    last = checkpoints.last(everywhere)
+    causal = _one_metric(checkpoints.last(tables.get("causal", pd.DataFrame())), manifest.config.get("metrics", ()))
+    metric = str(causal["metric"].iloc[0]) if len(causal) else ""
+    return HeadsView(
+        everywhere=everywhere,
+        checkpoints=checkpoints,
+        maps=tuple(_maps(last, (*about, checkpoints.about))),
+        attention=tuple(_attention(checkpoints, tables, last, about)),
+        causal=causal,
+        single=_single(checkpoints.last(tables.get("summary", pd.DataFrame())), metric),
+        baselines=tables.get("baselines"),
+        about=about,
+        count=manifest.config["output"]["top"],
+    )
+
+
+def _one_metric(causal: pd.DataFrame, metrics: Sequence[str]) -> pd.DataFrame:
+    """The rows of the first of the config's metrics that has any, else of the first that there is."""
+    if causal.empty:
+        return pd.DataFrame()
+    there = [str(name) for name in dict.fromkeys(causal["metric"])]
+    chosen = next((name for name in metrics if name in there), there[0])
+    return causal[causal["metric"] == chosen]
+
+
+def _single(summary: pd.DataFrame, metric: str) -> pd.DataFrame:
+    if summary.empty or "design" not in summary:
+        return pd.DataFrame()
+    chosen = (summary["design"] == "single") & (summary["metric"] == metric) & (summary["group"] == "all")
+    return summary[chosen.fillna(False).astype(bool)]
+
+
+def _maps(last: pd.DataFrame, about: Sequence[str]) -> Iterator[tuple[str, Heatmap]]:
+    for score in scores_in(last):
+        rows = of_score(last, score)
+        counts = [int(number(n)) for n in rows["n"] if not missing(n)]
+        basis = f"{max(counts)} sequences" if counts else "from the weights"
+        yield score, score_map(rows, score, (*about, basis))
+
+
+def _attention(
+    checkpoints: Checkpoints, tables: Mapping[str, pd.DataFrame], last: pd.DataFrame, about: Sequence[str]
+) -> Iterator[tuple[str, AttentionPicture]]:
+    """One picture per score whose strongest heads' patterns were kept."""
+    patterns = tables.get("patterns")
+    if patterns is None or patterns.empty:
+        return
+    rows = checkpoints.last(patterns)
+    for score in scores_in(rows):
+        part = of_score(rows, score)
+        part = part[part["prompt"] == part["prompt"].iloc[0]]
+        prompt = int(number(part["prompt"].iloc[0]))
+        tokens = _tokens(tables.get("prompts"), checkpoints, prompt, length=int(part["query"].max()) + 1)
+        values = {head_name(row): number(row["value"]) for row in strongest_heads(of_score(last, score), len(last))}
+        yield (
+            score,
+            AttentionPicture(
+                title=f"Attention of the heads with the strongest {score} score",
+                lines=(", ".join(filter(None, (*about, checkpoints.about, f"prompt {prompt}"))),),
+                tokens=tokens,
+                panels=tuple(_panels(part, score, values, len(tokens))),
+            ),
+        )
+
+
+def _panels(part: pd.DataFrame, score: str, values: Mapping[str, float], length: int) -> Iterator[AttentionPanel]:
+    for key, rows in part.groupby(["layer", "head"], sort=False):
+        layer, head = key if isinstance(key, tuple) else (key, 0)
+        name = f"{layer}.{head}"
+        pattern = np.full((length, length), np.nan)
+        known = rows["value"].to_numpy(dtype=np.float64, na_value=np.nan)
+        pattern[rows["query"].to_numpy(dtype=np.int64), rows["key"].to_numpy(dtype=np.int64)] = known
+        title = f"head {name}, {score} {figure(values[name], 2)}" if name in values else f"head {name}"
+        yield AttentionPanel(title=title, pattern=np.where(np.tri(length, dtype=bool), pattern, np.nan))
+
+
+def _tokens(prompts: pd.DataFrame | None, checkpoints: Checkpoints, prompt: int, *, length: int) -> tuple[str, ...]:
+    """The prompt's tokens; `?` for those that the tables do not have."""
+    words: list[str] = []
+    if prompts is not None and len(prompts):
+        there = checkpoints.last(prompts)
+        there = there[(there["prompt"] == prompt) & (there["stream"] == "clean")]
+        words = [str(word) for word in there["tokens"].iloc[0]] if len(there) else []
+    return (*words[:length], *["?"] * (length - len(words)))

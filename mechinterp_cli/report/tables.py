@@ -1,0 +1,75 @@
+"""Tables for the terminal: columns that give way where it is narrow, text that cannot act."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from rich import box
+from rich.cells import cell_len
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from mechinterp_cli.report.labels import show_text
+
+BREAK = 24
+"""Longer cells of a column that may be broken do not claim more room than this."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """How a column is shown."""
+
+    rank: int = 0
+    """Where the terminal is too narrow for all, lower ranks are shown first; rank 0 always is."""
+    left: bool = False
+    """Text, to the left."""
+    broken: bool = False
+    """Whether its cells may be broken into lines."""
+
+
+def text_table(
+    rows: Sequence[Mapping[str, str]],
+    columns: Mapping[str, Column],
+    *,
+    lines: Sequence[str],
+    width: int,
+    plain: bool,
+) -> Group:
+    """A table below its title.
+
+    Args:
+        rows: Cells by column; columns that are empty throughout are left out.
+        columns: Names in order.
+        lines: What stands above: a title, and what it needs.
+        width: Columns of the terminal.
+        plain: ASCII only, no colour.
+    """
+    shown = [{name: show_text(row.get(name, ""), plain=plain) for name in columns} for row in rows]
+    table = Table(box=box.ASCII if plain else box.SIMPLE_HEAD, show_edge=plain)
+    names = _fitting(shown, columns, width)
+    for name in names:
+        look = columns[name]
+        title = Text(show_text(name, plain=plain))
+        table.add_column(title, justify="left" if look.left else "right", no_wrap=not look.broken, overflow="fold")
+    for row in shown:
+        table.add_row(*[Text(row[name]) for name in names])
+    return Group(*[line(words, plain, "" if at else "bold") for at, words in enumerate(lines)], table)
+
+
+def _fitting(rows: Sequence[Mapping[str, str]], columns: Mapping[str, Column], width: int) -> list[str]:
+    """Names of the columns that there is room for, in their order."""
+    filled = [name for name in columns if any(row[name] for row in rows)]
+    room, chosen = width - 1, set()
+    for name in sorted(filled, key=lambda name: columns[name].rank):
+        longest = max(cell_len(name), *(cell_len(row[name]) for row in rows))
+        # A border and a blank on either side.
+        needed = 3 + (min(longest, BREAK) if columns[name].broken else longest)
+        if needed <= room or columns[name].rank == 0:
+            chosen.add(name)
+            room -= needed
+    return [name for name in filled if name in chosen]
+
+
+def line(words: str, plain: bool, style: str = "") -> Text:
+    """A sentence, styled where colour is wanted."""
+    return Text(show_text(words, plain=plain), style="" if plain else style)
