@@ -59,7 +59,8 @@ def _panel(curves: Curves, index: int, across: int) -> alt.LayerChart:
 
 
 def _zero(y: alt.Y) -> alt.Chart:
-    return alt.Chart(inline([{"y": 0.0}])).mark_rule(color="#888888", strokeWidth=1).encode(y)
+    drawn: alt.Chart = alt.Chart(inline([{"y": 0.0}])).mark_rule(color="#888888", strokeWidth=1).encode(y)
+    return drawn
 
 
 def _bands(panel: CurvePanel, x: alt.X, y: alt.Y, colour: alt.Color) -> list[alt.Chart]:
