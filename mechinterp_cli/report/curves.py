@@ -104,7 +104,11 @@ def _looks(names: Sequence[str], with_legend: bool) -> tuple[alt.Color, alt.Stro
     def scale(looks: Sequence[Any]) -> alt.Scale:
         return alt.Scale(domain=shown, range=[looks[i % len(looks)] for i in range(len(shown))])
 
-    legend = alt.Legend(title=None, labelLimit=LEGEND_ROOM, symbolOpacity=1, symbolSize=70) if with_legend else None
+    legend = (
+        alt.Legend(title=None, labelLimit=LEGEND_ROOM, symbolOpacity=1, symbolSize=70, symbolStrokeWidth=0)
+        if with_legend
+        else None
+    )
     return (
         alt.Color("name:N", scale=scale(SERIES_COLOURS), legend=legend),
         alt.StrokeDash("name:N", scale=scale(DASHES), legend=None),

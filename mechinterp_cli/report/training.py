@@ -18,8 +18,6 @@ LINES = 3
 MAX_SCORES = 4
 """Scores drawn; the others are in the tables."""
 WIDTH = 520
-NAME = 24
-"""Columns that a checkpoint's name takes in the terminal at most; longer ones are broken."""
 
 
 def axis(checkpoints: Checkpoints) -> tuple[str, tuple[float | str, ...]]:
@@ -177,26 +175,21 @@ def checkpoint_table(
         plain: ASCII only, no colour.
     """
     found = losses(baselines, checkpoints)
-    longest = max(map(len, checkpoints.names))
-    room = width - min(NAME, longest) - 6 - (14 if checkpoints.tokens else 0) - sum(len(metric) + 3 for metric in found)
-    chosen: list[str] = []
-    for score in scores:
-        room -= max(len(score), 12) + 3
-        if room >= 0 or not chosen:
-            chosen.append(score)
     cells = [
         {
             "checkpoint": name,
             "tokens": f"{checkpoints.tokens[i]:,.0f}" if checkpoints.tokens else "",
-            **{score: _best(of_score(rows, score), name) for score in chosen},
+            **{score: _best(of_score(rows, score), name) for score in scores},
             **{metric: figure(values[i]) for metric, values in found.items()},
         }
         for i, name in enumerate(checkpoints.names)
     ]
     columns = {
         "checkpoint": Column(left=True, broken=True),
-        "tokens": Column(),
-        **{name: Column() for name in (*chosen, *found)},
+        "tokens": Column(3),
+        # The first score, the losses, the tokens; then the other scores as there is room.
+        **{score: Column(1 if at == 0 else 3 + at) for at, score in enumerate(scores)},
+        **{metric: Column(2) for metric in found},
     }
     return text_table(
         cells, columns, lines=("along training: the strongest head, and the loss",), width=width, plain=plain
