@@ -70,18 +70,19 @@ def _chunked_losses(model: nn.Module, anatomy: Anatomy, tokens: Tensor) -> Tenso
     """Losses from the last hidden states, a few rows of logits at a time."""
     hidden = last_hidden(model, anatomy, tokens)[:, :-1].flatten(0, 1)
     rows = max(1, LOSS_LOGITS_BYTES // (anatomy.vocab_size * 4))
-    walker, following = anatomy.walker(model), tokens[:, 1:].flatten().to(hidden.device)
+    walker, following = anatomy.walker(model), tokens[:, 1:].flatten()
     parts = zip(torch.split(hidden, rows), torch.split(following, rows), strict=True)
     losses = [_cross_entropy(walker.unembed(states), wanted) for states, wanted in parts]
     return torch.cat(losses).view(len(tokens), -1)
 
 
 def _losses(logits: Tensor, tokens: Tensor) -> Tensor:
-    return _cross_entropy(logits, tokens[:, 1:].flatten().to(logits.device)).view(len(tokens), -1)
+    return _cross_entropy(logits, tokens[:, 1:].flatten()).view(len(tokens), -1)
 
 
 def _cross_entropy(logits: Tensor, wanted: Tensor) -> Tensor:
-    return torch.nn.functional.cross_entropy(logits.float(), wanted, reduction="none").double().cpu()
+    losses = torch.nn.functional.cross_entropy(logits.float(), wanted.to(logits.device), reduction="none")
+    return losses.cpu().double()
 
 
 def _last_hidden_suffices(model: nn.Module, anatomy: Anatomy, tokens: Tensor) -> bool:
@@ -160,3 +161,27 @@ def group_means(
     return Means(
         {site: (total / counts.view(-1, *[1] * (total.ndim - 1))).float() for site, total in sums.items()}, group_of
     )
+
+
+@torch.no_grad()
+def stream_means(model: nn.Module, anatomy: Anatomy, sites: set[Site], tokens: Sequence[Tensor]) -> dict[Site, Tensor]:
+    """Mean activation [*features] of each site over all prompts and positions, summed in float64.
+
+    Args:
+        model: The model.
+        anatomy: Its anatomy.
+        sites: Where.
+        tokens: By bucket, ids [prompts, positions].
+    """
+    sums: dict[Site, Tensor] = {}
+
+    def visit(site: Site, activation: Tensor) -> None:
+        total = activation.detach().double().sum((0, 1)).cpu()
+        sums[site] = sums[site] + total if site in sums else total
+
+    for batch in tokens:
+        for part in torch.split(batch, max(1, TOKENS_PER_PASS // batch.shape[1])):
+            with visiting(model, anatomy, kinds_by_layer(sites), visit):
+                forward(model, part.to(device_of(model)), last_only=True)
+    count = sum(batch.numel() for batch in tokens)
+    return {site: (total / count).float() for site, total in sums.items()}
