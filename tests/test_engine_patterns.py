@@ -15,7 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.tiny import tiny_model, tiny_tokens
 from mechinterp_cli.engine import capture
 from mechinterp_cli.engine.capture import last_hidden, token_losses
-from mechinterp_cli.engine.patterns import PatternProof, attention_patterns, check_reach, reach
+from mechinterp_cli.engine.patterns import PatternProof, attention_patterns
+from mechinterp_cli.engine.reach import check_reach, reach
 from mechinterp_cli.errors import ExitCode, ProofError, RunError, UserError
 from mechinterp_cli.models.anatomy import Anatomy, find_anatomy
 from mechinterp_cli.models.interface import SoftmaxRule

@@ -5,7 +5,7 @@ computed from the same q, k and mask, shown to a visitor and forgotten. The pass
 asked for. What the pattern gives for `z` is compared with what the model's own attention gave, every time.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -22,7 +22,6 @@ from mechinterp_cli.models.anatomy import Anatomy
 from mechinterp_cli.models.interface import (
     AttentionCall,
     SoftmaxRule,
-    additive,
     intercepted,
     masked_scores,
     softmax,
@@ -98,7 +97,7 @@ def attention_patterns(
     check_layers(anatomy, layers)
     sizes = Sizes.of(model, anatomy, wanted, tokens.shape[1], budget)
     reader = _Reader(anatomy, layer_of(model, anatomy), wanted, visit, sizes, tick)
-    last = model.get_submodule(anatomy.layers[max(wanted)].attention or anatomy.layers[max(wanted)].module)
+    last = attention_module(model, anatomy, max(wanted))
     for lo in range(0, len(tokens), sizes.prompts):
         reader.begin(lo)
         with intercepted(model, reader):
@@ -122,6 +121,12 @@ def check_layers(anatomy: Anatomy, layers: Sequence[int]) -> None:
         f"{named} no attention pattern: {anatomy.layers[without[0]].missing['pattern']}",
         f"Layers of this model that have one: {', '.join(map(str, seen)) or 'none'}.",
     )
+
+
+def attention_module(model: nn.Module, anatomy: Anatomy, layer: int) -> nn.Module:
+    """The module of a layer that calls the attention function."""
+    found = anatomy.layers[layer]
+    return model.get_submodule(found.attention or found.module)
 
 
 @dataclass(frozen=True)
@@ -329,82 +334,3 @@ def mask_rows(mask: Tensor | None, rows: slice, q: Tensor, k: Tensor) -> Tensor:
     queries, keys = q.shape[2], k.shape[2]
     visible = torch.ones(rows.stop - rows.start, keys, dtype=torch.bool, device=q.device)
     return visible.tril(keys - queries + rows.start)[None, None]
-
-
-def reach(model: nn.Module, anatomy: Anatomy, tokens: Tensor, layers: Sequence[int]) -> dict[int, int]:
-    """How many tokens back each layer sees, the query itself included, found from the mask it is given.
-
-    A sliding window gives its width, chunked attention the length of a chunk, full attention the prompt's length;
-    so does a mask with holes (learned sparse attention), which is no window.
-
-    Args:
-        model: The model, in evaluation mode.
-        anatomy: Its anatomy.
-        tokens: Ids [prompts, positions] of the longest prompts; one forward pass on the first of them is made.
-        layers: Which layers.
-
-    Raises:
-        UserError: A layer has no softmax attention that can be seen.
-    """
-    check_layers(anatomy, layers)
-    wanted, index_of = frozenset(layers), layer_of(model, anatomy)
-    found: dict[int, int] = {}
-    if not wanted:
-        return found
-
-    def handler(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
-        layer = index_of.get(id(call.module), -1)
-        if layer in wanted:
-            found[layer] = _farthest(call)
-        return call.native(call.q, call.k, call.v, call.mask)
-
-    last = model.get_submodule(anatomy.layers[max(wanted)].attention or anatomy.layers[max(wanted)].module)
-    with intercepted(model, handler):
-        forward_until(model, tokens[:1], last, lambda _: wanted <= found.keys())
-    return dict(sorted(found.items()))
-
-
-def _farthest(call: AttentionCall) -> int:
-    """The largest distance, counted from 1, between a query and a key that it sees; all keys for a mask with holes."""
-    queries, keys = call.q.shape[2], call.k.shape[2]
-    farthest = 0
-    for rows in _blocks(queries, max(1, 2**22 // keys)):
-        mask = additive(mask_rows(call.mask, rows, call.q, call.k), rows.stop - rows.start, keys, call.q)
-        seen = (mask > torch.finfo(mask.dtype).min / 2).flatten(0, 1).any(0).expand(rows.stop - rows.start, -1)
-        first = seen.int().argmax(-1)  # the first key that is seen
-        back = torch.arange(rows.start, rows.stop, device=first.device) + keys - queries - first + 1
-        if bool((seen.sum(-1) < back).any()):
-            return keys
-        farthest = max(farthest, int(back.amax()))
-    return farthest
-
-
-def _blocks(total: int, step: int) -> Iterator[slice]:
-    return (slice(lo, min(lo + step, total)) for lo in range(0, total, step))
-
-
-def check_reach(model: nn.Module, anatomy: Anatomy, tokens: Tensor, layers: Sequence[int]) -> None:
-    """Refuse prompts that are longer than what some layer sees.
-
-    Args:
-        model: The model, in evaluation mode.
-        anatomy: Its anatomy.
-        tokens: Ids [prompts, positions] of the longest prompts.
-        layers: The layers whose attention is looked at.
-
-    Raises:
-        UserError: Names the layers, how far the first of them sees, and the prompts' length.
-    """
-    length = tokens.shape[1]
-    short = {layer: seen for layer, seen in reach(model, anatomy, tokens, layers).items() if seen < length}
-    if not short:
-        return
-    nearest = min(short.values())
-    named = ", ".join(str(layer) for layer, seen in short.items() if seen == nearest)
-    fitting = [layer for layer in sorted(set(layers)) if layer not in short]
-    others = f", or take layers that see further ({', '.join(map(str, fitting))})" if fitting else ""
-    raise UserError(
-        f"a prompt of {length} tokens is longer than the {nearest} tokens that attention sees back "
-        f"(sliding window or chunk) in layer{'s' if ',' in named else ''} {named}",
-        f"Use prompts of at most {nearest} tokens{others}.",
-    )
