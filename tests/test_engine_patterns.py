@@ -15,8 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.tiny import tiny_model, tiny_tokens
 from mechinterp_cli.engine import capture
 from mechinterp_cli.engine.capture import last_hidden, token_losses
-from mechinterp_cli.engine.patterns import PatternProof, attention_patterns
-from mechinterp_cli.engine.reach import check_reach, reach
+from mechinterp_cli.engine.patterns import PatternProof, attention_patterns, check_reach, reach
 from mechinterp_cli.errors import ExitCode, ProofError, RunError, UserError
 from mechinterp_cli.models.anatomy import Anatomy, find_anatomy
 from mechinterp_cli.models.interface import SoftmaxRule
@@ -141,7 +140,7 @@ def test_a_window_that_is_forgotten_is_noticed(monkeypatch: pytest.MonkeyPatch) 
     model = build("gemma2")
     anatomy = find_anatomy(model)
     monkeypatch.setattr(
-        "mechinterp_cli.engine.patterns.mask_rows",
+        "mechinterp_cli.engine.probabilities.mask_rows",
         lambda _mask, _rows, q, k: torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril()[None, None],
     )
     with pytest.raises(ProofError, match=r"^layer 0: "):

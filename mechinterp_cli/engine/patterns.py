@@ -5,8 +5,8 @@ computed from the same q, k and mask, shown to a visitor and forgotten. The pass
 asked for. What the pattern gives for `z` is compared with what the model's own attention gave, every time.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float
@@ -15,18 +15,12 @@ from torch import Tensor, nn
 from mechinterp_cli.engine.capture import TOKENS_PER_PASS
 from mechinterp_cli.engine.early import forward_until
 from mechinterp_cli.engine.instrument import layer_of
+from mechinterp_cli.engine.probabilities import Errors, PatternMaker, mask_rows
 from mechinterp_cli.engine.proof import FLOAT32_TOLERANCE, NOISE_FACTOR
 from mechinterp_cli.engine.wavefront import check_finite
 from mechinterp_cli.errors import ProofError, RunError, UserError
 from mechinterp_cli.models.anatomy import Anatomy
-from mechinterp_cli.models.interface import (
-    AttentionCall,
-    SoftmaxRule,
-    intercepted,
-    masked_scores,
-    softmax,
-    weigh,
-)
+from mechinterp_cli.models.interface import AttentionCall, additive, intercepted
 
 BUDGET = 256 * 2**20
 """Bytes that patterns take at most unless said otherwise."""
@@ -225,7 +219,7 @@ class _Reader:
             self.visit(layer, pattern, prompts, heads)
             del pattern  # before the next heads' is made
 
-    def _judge(self, layer: int, errors: "Errors", dtype: torch.dtype) -> None:
+    def _judge(self, layer: int, errors: Errors, dtype: torch.dtype) -> None:
         allowed = FLOAT32_TOLERANCE
         if dtype.itemsize < 4:
             allowed = NOISE_FACTOR * max(torch.finfo(dtype).eps, errors.rounding)
@@ -239,98 +233,80 @@ class _Reader:
             )
 
 
-@dataclass(frozen=True)
-class Errors:
-    """Of a pattern, as a share of each head's largest |z|: against the model, and between two ways of rounding."""
+def reach(model: nn.Module, anatomy: Anatomy, tokens: Tensor, layers: Sequence[int]) -> dict[int, int]:
+    """How many tokens back each layer sees, the query itself included, found from the mask it is given.
 
-    deviation: float
-    rounding: float
-
-
-@dataclass(frozen=True, eq=False)
-class PatternMaker:
-    """Some heads of an attention call, ready to have their probabilities computed by blocks of queries.
+    A sliding window gives its width, chunked attention the length of a chunk, full attention the prompt's length;
+    so does a mask with holes (learned sparse attention), which is no window.
 
     Args:
-        rule: How scores become probabilities, for these heads.
-        q: Queries [prompts, heads, queries, d].
-        k: Keys [prompts, heads, keys, d], one per query head.
-        v: Values [prompts, heads, keys, dv], one per query head.
-        mask: The call's mask for these heads.
-        in_own_dtype: Whether scores are rounded to the model's dtype, as eager attention rounds them; sdpa
-            keeps them in float32.
+        model: The model, in evaluation mode.
+        anatomy: Its anatomy.
+        tokens: Ids [prompts, positions] of the longest prompts; one forward pass on the first of them is made.
+        layers: Which layers.
+
+    Raises:
+        UserError: A layer has no softmax attention that can be seen.
     """
+    check_layers(anatomy, layers)
+    wanted, index_of = frozenset(layers), layer_of(model, anatomy)
+    found: dict[int, int] = {}
+    if not wanted:
+        return found
 
-    rule: SoftmaxRule
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    mask: Tensor | None
-    in_own_dtype: bool
+    def handler(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
+        layer = index_of.get(id(call.module), -1)
+        if layer in wanted:
+            found[layer] = _farthest(call)
+        return call.native(call.q, call.k, call.v, call.mask)
 
-    @classmethod
-    def of(cls, call: AttentionCall, heads: slice, *, in_own_dtype: bool) -> "PatternMaker":
-        """Cut some query heads out of a call."""
-        rule = SoftmaxRule.of(call)
-        if rule.sinks is not None:
-            rule = replace(rule, sinks=rule.sinks[heads])
-        shared = torch.arange(call.q.shape[1], device=call.q.device)[heads] // (call.q.shape[1] // call.k.shape[1])
-        mask = call.mask if call.mask is None or call.mask.shape[1] == 1 else call.mask[:, heads]
-        return cls(rule, call.q[:, heads], call.k[:, shared], call.v[:, shared], mask, in_own_dtype)
-
-    def pattern(self, z: Float[Tensor, "b q h dv"], block: int, smallest: float) -> tuple[Tensor, Errors]:
-        """The pattern [prompts, heads, queries, keys] and how far what it gives is from `z`.
-
-        Args:
-            z: What the model's own attention gave for these heads.
-            block: Bytes of a block of scores.
-            smallest: The least that a head's errors are compared with.
-        """
-        prompts, heads, queries, _ = self.q.shape
-        keys = self.k.shape[2]
-        scale = z.abs().amax((0, 1, 3)).float().clamp(min=max(smallest, torch.finfo(torch.float32).tiny))
-        step = max(1, block // (prompts * heads * keys * 4))
-        parts = [slice(lo, min(lo + step, queries)) for lo in range(0, queries, step)]
-        narrow = z.dtype.itemsize < 4
-        pattern: Tensor | None = None
-        deviation, rounding = torch.zeros(()), torch.zeros(())
-        for rows in parts:
-            part = self._rows(rows, own_dtype=self.in_own_dtype)
-            deviation = torch.maximum(deviation, self._gap(part, z[:, rows], scale).cpu())
-            if narrow:
-                other = self._rows(rows, own_dtype=not self.in_own_dtype)
-                rounding = torch.maximum(rounding, self._gap(other, weigh(part.to(self.v.dtype), self.v), scale).cpu())
-            if len(parts) == 1:
-                pattern = part
-            else:
-                pattern = part.new_empty(prompts, heads, queries, keys) if pattern is None else pattern
-                pattern[:, :, rows] = part
-        assert pattern is not None
-        return pattern, Errors(float(deviation), float(rounding))
-
-    def _gap(self, part: Float[Tensor, "b h q k"], z: Float[Tensor, "b q h dv"], scale: Tensor) -> Tensor:
-        """Largest |pattern · v − z| as a share of each head's scale."""
-        own = weigh(part.to(self.v.dtype), self.v).float()
-        return ((own - z.float()).abs().amax((0, 1, 3)) / scale).max()
-
-    def _rows(self, rows: slice, *, own_dtype: bool) -> Float[Tensor, "b h q k"]:
-        """Probabilities of some queries over all keys."""
-        q = self.q[:, :, rows]
-        q, k = (q, self.k) if own_dtype else (q.float(), self.k.float())
-        return softmax(self.rule, masked_scores(self.rule, q, k, mask_rows(self.mask, rows, self.q, self.k)))
+    last = attention_module(model, anatomy, max(wanted))
+    with intercepted(model, handler):
+        forward_until(model, tokens[:1], last, lambda _: wanted <= found.keys())
+    return dict(sorted(found.items()))
 
 
-def mask_rows(mask: Tensor | None, rows: slice, q: Tensor, k: Tensor) -> Tensor:
-    """The rows of a call's mask for some of its queries [batch or 1, heads or 1, queries, keys]; None is causal.
+def _farthest(call: AttentionCall) -> int:
+    """The largest distance, counted from 1, between a query and a key that it sees; all keys for a mask with holes."""
+    queries, keys = call.q.shape[2], call.k.shape[2]
+    farthest = 0
+    for rows in _blocks(queries, max(1, 2**22 // keys)):
+        mask = additive(mask_rows(call.mask, rows, call.q, call.k), rows.stop - rows.start, keys, call.q)
+        seen = (mask > torch.finfo(mask.dtype).min / 2).flatten(0, 1).any(0).expand(rows.stop - rows.start, -1)
+        first = seen.int().argmax(-1)  # the first key that is seen
+        back = torch.arange(rows.start, rows.stop, device=first.device) + keys - queries - first + 1
+        if bool((seen.sum(-1) < back).any()):
+            return keys
+        farthest = max(farthest, int(back.amax()))
+    return farthest
+
+
+def _blocks(total: int, step: int) -> Iterator[slice]:
+    return (slice(lo, min(lo + step, total)) for lo in range(0, total, step))
+
+
+def check_reach(model: nn.Module, anatomy: Anatomy, tokens: Tensor, layers: Sequence[int]) -> None:
+    """Refuse prompts that are longer than what some layer sees.
 
     Args:
-        mask: As the layer got it.
-        rows: Which queries, with a start and a stop.
-        q: All queries [prompts, heads, queries, d].
-        k: All keys [prompts, kv_heads, keys, d].
+        model: The model, in evaluation mode.
+        anatomy: Its anatomy.
+        tokens: Ids [prompts, positions] of the longest prompts.
+        layers: The layers whose attention is looked at.
+
+    Raises:
+        UserError: Names the layers, how far the first of them sees, and the prompts' length.
     """
-    if mask is not None:
-        return mask if mask.shape[-2] == 1 else mask[..., rows, :]
-    queries, keys = q.shape[2], k.shape[2]
-    visible = torch.ones(rows.stop - rows.start, keys, dtype=torch.bool, device=q.device)
-    return visible.tril(keys - queries + rows.start)[None, None]
+    length = tokens.shape[1]
+    short = {layer: seen for layer, seen in reach(model, anatomy, tokens, layers).items() if seen < length}
+    if not short:
+        return
+    nearest = min(short.values())
+    named = ", ".join(str(layer) for layer, seen in short.items() if seen == nearest)
+    fitting = [layer for layer in sorted(set(layers)) if layer not in short]
+    others = f", or take layers that see further ({', '.join(map(str, fitting))})" if fitting else ""
+    raise UserError(
+        f"a prompt of {length} tokens is longer than the {nearest} tokens that attention sees back "
+        f"(sliding window or chunk) in layer{'s' if ',' in named else ''} {named}",
+        f"Use prompts of at most {nearest} tokens{others}.",
+    )
