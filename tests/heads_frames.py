@@ -116,7 +116,8 @@ class Fake:
         back = 1 if (layer, head) == (1, 1) else length // 2 - 1
         logits += 5.0 * np.eye(length, k=-back)
         weights: np.ndarray[Any, np.dtype[np.float64]] = np.exp(logits) * np.tri(length)
-        return weights / weights.sum(1, keepdims=True)
+        weights /= weights.sum(1, keepdims=True)
+        return weights
 
     def prompts_table(self) -> pd.DataFrame:
         row = {"prompt": 0, "stream": "clean", "text": "".join(self.tokens), "tokens": list(self.tokens), "group": ""}

@@ -33,7 +33,9 @@ def unit_of(metric: str) -> str:
 
 
 def _parts(rows: pd.DataFrame) -> Iterator[tuple[str, str, list[Row]]]:
-    """Rows of every score and ablation, by k."""
+    """Rows of every score and ablation, by k; none where nothing was ablated."""
+    if rows.empty:
+        return
     for score, of_score in rows.groupby("score", sort=False):
         for ablation, part in of_score.groupby("ablation", sort=False):
             records: list[Row] = [

@@ -18,10 +18,10 @@ class Checkpoints:
     """Tokens seen at each; None where they are not known of all."""
 
     def last(self, rows: pd.DataFrame) -> pd.DataFrame:
-        """A table's rows of the last checkpoint; all rows where there are no checkpoints."""
+        """A table's rows of the last checkpoint, and those of no checkpoint, which hold for all."""
         if not self.names or "checkpoint" not in rows:
             return rows
-        return rows[(rows["checkpoint"] == self.names[-1]).fillna(False).astype(bool)]
+        return rows[(rows["checkpoint"] == self.names[-1]).fillna(True).astype(bool)]
 
     @property
     def several(self) -> bool:

@@ -161,7 +161,8 @@ def _one_metric(causal: pd.DataFrame, metrics: Sequence[str]) -> pd.DataFrame:
 def _single(summary: pd.DataFrame, metric: str) -> pd.DataFrame:
     if summary.empty or "design" not in summary:
         return pd.DataFrame()
-    chosen = (summary["design"] == "single") & (summary["metric"] == metric) & (summary["group"] == "all")
+    whole = summary["group"].isna() | (summary["group"] == "all")
+    chosen = (summary["design"] == "single") & (summary["metric"] == metric) & whole
     return summary[chosen.fillna(False).astype(bool)]
 
 

@@ -52,7 +52,7 @@ LOOKS: Mapping[str, ScoreLook] = {
     "successor": ScoreLook(
         meaning="Share of items of ordered lists whose successor the head raises most within the list.",
         scale=_SHARE,
-        chance=_RANDOM,
+        chance="guessing",
     ),
     "q_composition": ScoreLook(meaning="Strongest composition of the query with an earlier head.", chance=_WEIGHTS),
     "k_composition": ScoreLook(meaning="Strongest composition of the key with an earlier head.", chance=_WEIGHTS),

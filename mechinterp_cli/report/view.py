@@ -64,19 +64,17 @@ def tables_needed(subcommand: str) -> tuple[str, ...]:
     return (*source.needs, *source.uses)
 
 
-def view_of(manifest: Manifest, tables: Mapping[str, pd.DataFrame] | pd.DataFrame, *old: pd.DataFrame) -> Any:
+def view_of(manifest: Manifest, tables: Mapping[str, pd.DataFrame]) -> View:
     """The view of a run.
 
     Args:
         manifest: The run's.
         tables: Its tables by name, those of `tables_needed` that there are.
-        *old: The prompts, where `tables` is the summary alone.
 
     Raises:
         UserError: There is no view of such runs.
     """
-    named = {"summary": tables, "prompts": old[0]} if isinstance(tables, pd.DataFrame) else tables
-    return _source(manifest.subcommand).build(manifest, named)
+    return _source(manifest.subcommand).build(manifest, tables)
 
 
 def _source(subcommand: str) -> ViewSource:
@@ -114,14 +112,14 @@ def outcome(path: Path, manifest: Manifest, view: View) -> RunOutcome:
 
 
 def _proof_notes(engine: Mapping[str, Any]) -> list[str]:
-    """The worst deviation of all models that the run was proved on, in one line."""
+    """The worst deviation of all that the run proved, in one line: jobs, and the models of several checkpoints."""
     parts = engine.get("parts") or [engine]
     proofs = [part["proof"] for part in parts if part.get("proof")]
     if not proofs:
         return []
     worst = max(proofs, key=lambda proof: float(proof["deviation"]))
     names = " and ".join(sorted({proof["executor"] for proof in proofs}))
-    among = f", the worst of {len(proofs)} checkpoints" if len(proofs) > 1 else ""
+    among = f", the worst of {len(proofs)} proofs" if len(proofs) > 1 else ""
     return [
         f"proved: executor {names} agrees with plain hooks to {worst['deviation']:.1e} of the logits' "
         f"scale ({worst['tolerance']:.0e} allowed) on {worst['trials']} trials of {worst['length']} tokens{among}"
