@@ -65,18 +65,18 @@ def direct_effects(circuits: Circuits, prompts: Sequence[Prompt]) -> DirectEffec
     unembedding = circuits.unembedding
     if isinstance(unembedding, str):
         return unembedding
-    parts: dict[int, dict[str, Tensor]] = {}
+    found: dict[str, Tensor] = {}
     for members in _batches(prompts):
         batch = _Batch.of(circuits, unembedding, [prompts[i] for i in members])
-        for row, index in enumerate(members):
-            parts[index] = {name: values[row].double().cpu() for name, values in batch.parts().items()}
-    found = {name: torch.stack([parts[i][name] for i in range(len(prompts))]) for name in parts[0]}
+        for name, values in batch.parts().items():
+            whole = found.setdefault(name, torch.empty(len(prompts), *values.shape[1:], dtype=torch.float64))
+            whole[members] = values.double().cpu()
     return _summed(found, {i: r for i in range(circuits.model.anatomy.n_layers) if (r := _reason(circuits, i))})
 
 
 def _summed(found: Mapping[str, Tensor], reasons: Mapping[int, str]) -> DirectEffects | str:
     """The parts as a result, if they add up."""
-    added = [values.nan_to_num().flatten(1) for name, values in found.items() if name != "total"]
+    added = [values.nan_to_num().reshape(len(values), -1) for name, values in found.items() if name != "total"]
     everything = torch.cat(added, dim=1)
     deviation = float((everything.sum(1) - found["total"]).abs().max() / everything.abs().sum(1).max())
     if not deviation <= ADDITIVE:
