@@ -26,6 +26,11 @@ _TYPES = {
 }  # fmt: skip
 
 
+def records(frame: pd.DataFrame) -> list[dict[str, Any]]:
+    """A frame's rows, to be changed and made into a table again."""
+    return [{str(name): value for name, value in row.items()} for row in frame.to_dict("records")]
+
+
 def table(rows: Sequence[Mapping[str, Any]], *columns: str) -> pd.DataFrame:
     """Rows as a frame with Arrow-backed types, as tables are read; columns are for tables without rows."""
     names = list(dict.fromkeys([*columns, *(name for row in rows for name in row)]))

@@ -16,7 +16,7 @@ from mechinterp_cli.report.grid import ColourScale
 from mechinterp_cli.report.picture import COLOURS, Drawing
 from mechinterp_cli.report.scores import LOOKS, look_of, score_map, strongest_heads
 from mechinterp_cli.report.view import View, tables_needed, view_of
-from tests.heads_frames import WORDS, Fake, table
+from tests.heads_frames import WORDS, Fake, records, table
 
 HOSTILE = ("<script>alert(1)</script>", "[/INST]", "\x1b[31m", "w" * 300, "[bold]", "\u202e", "$a$", "")
 STEPS = tuple((f"step-{step}", step * 1000) for step in (0, 10, 100, 1000, 3000))
@@ -137,7 +137,7 @@ def test_share_of_a_colour_scale(scale: tuple[float, float, float], value: float
 
 def test_heads_without_a_number_are_grey_and_never_the_strongest() -> None:
     rows = Fake(layers=2, heads=2, kv_heads=2, scores=("induction",)).scores_table()
-    odd = [dict(row) for row in rows.to_dict("records")]
+    odd = records(rows)
     for row, (status, value) in zip(odd, [("undefined", None), ("nan", math.nan), ("ok", 0.2)], strict=False):
         row |= {"status": status, "value": value}
     changed = table(odd)
@@ -151,7 +151,7 @@ def test_heads_without_a_number_are_grey_and_never_the_strongest() -> None:
 
 @pytest.mark.parametrize("value", [None, math.nan])
 def test_a_run_without_any_number_is_shown(value: float | None) -> None:
-    rows = [{**row, "value": value, "status": "undefined"} for row in Fake().scores_table().to_dict("records")]
+    rows = [{**row, "value": value, "status": "undefined"} for row in records(Fake().scores_table())]
     shown = view(Fake(), scores=table(rows))
     assert "?" in text(shown)
     assert all(picture.png() for name, picture in shown.pictures if name.startswith("scores"))
@@ -270,7 +270,7 @@ def test_heads_ablated_alone_are_those_of_the_score() -> None:
 
 
 def test_an_effect_that_is_not_defined_is_said() -> None:
-    rows = [{**row, "effect": None, "ci_low": None, "draws": 0} for row in Fake().causal_table().to_dict("records")]
+    rows = [{**row, "effect": None, "ci_low": None, "draws": 0} for row in records(Fake().causal_table())]
     shown = view(Fake(), causal=table([{**row, "random_effect": None} for row in rows]))
     assert "no effect is defined" in text(shown)
     assert "undefined" in text(shown)
@@ -304,6 +304,15 @@ def test_along_training_the_last_checkpoint_is_mapped_and_the_loss_shares_the_ax
     assert line["head 2.0", 0.0] < 0.2 < line["head 2.0", 3_000_000.0]
     losses = {row["name"] for row in rows_of(training, 3, -1)}
     assert losses == {"repeated_loss", "first_loss"}
+
+
+def test_along_training_without_any_number() -> None:
+    fake = Fake(checkpoints=STEPS[:2])
+    rows = table([{**row, "value": None, "status": "undefined"} for row in records(fake.scores_table())])
+    assert "training" not in specs(view(fake, "baselines", scores=rows))
+    losses = specs(view(fake, scores=rows))["training"]
+    assert [panel["title"] for panel in losses["concat"]] == ["in-context loss"]
+    assert text(view(fake, scores=rows))
 
 
 def test_checkpoints_are_ordered_by_tokens_where_they_are_known() -> None:

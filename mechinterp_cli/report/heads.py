@@ -75,7 +75,7 @@ class HeadsView:
             found.append(("causal", curves.drawing(proof)))
         if self.checkpoints.several:
             along = score_curves(self.everywhere, self.baselines, self.checkpoints, self.scores, self.about)
-            found.append(("training", curves.drawing(along)))
+            found += [("training", curves.drawing(along))] if along is not None else []
         return found
 
     def draw(self, width: int, plain: bool) -> Iterator[Any]:

@@ -33,7 +33,7 @@ class Curve:
 
 @dataclass(frozen=True, kw_only=True)
 class CurvePanel:
-    """One panel; its curves' names are distinct."""
+    """One panel of at least one curve; the curves' names are distinct."""
 
     title: str
     y_title: str

@@ -59,7 +59,7 @@ def score_curves(
     checkpoints: Checkpoints,
     scores: Sequence[str],
     about: Sequence[str],
-) -> Curves:
+) -> Curves | None:
     """The strongest heads' scores against training, and below them the in-context loss.
 
     Args:
@@ -68,13 +68,20 @@ def score_curves(
         checkpoints: The run's.
         scores: Which scores, the most important first.
         about: What stands in the subtitle.
+
+    Returns:
+        None where there is no number at all.
     """
     x_title, x = axis(checkpoints)
     panels = [_score_panel(of_score(rows, score), score, checkpoints, x) for score in scores[:MAX_SCORES]]
+    # A score that no head has at the last checkpoint has no lines.
+    panels = [panel for panel in panels if panel.curves]
     found = losses(baselines, checkpoints)
     if found:
         curves = tuple(Curve(name=metric, x=x, y=values) for metric, values in found.items())
         panels.append(CurvePanel(title="in-context loss", y_title="nats per token", curves=curves))
+    if not panels:
+        return None
     left_out = f"{len(scores) - MAX_SCORES} more scores are in the table alone." if len(scores) > MAX_SCORES else ""
     caption = f"Heads are the {LINES} strongest at the last checkpoint; bands are intervals over sequences."
     return Curves(
