@@ -293,3 +293,17 @@ def test_calls_cost_no_logits() -> None:
     model.lm_head.register_forward_hook(lambda _m, _a, out: seen.append(out.shape[0] * out.shape[1]))
     Trials(model, find_anatomy(model)).calls(torch.zeros(50, 2, dtype=torch.long))
     assert seen[-1] == 1
+
+
+def test_values_that_depend_on_more_than_the_stream_are_refused() -> None:
+    model: Any = build("llama")
+
+    def mix_positions(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
+        return output + 0.1 * output.cumsum(1)
+
+    model.model.layers[LAYER].self_attn.v_proj.register_forward_hook(mix_positions)
+    with linear_maps(model, find_anatomy(model)) as maps:
+        layer = maps.layer(LAYER)
+        assert "depends on more than the token's residual stream" in layer.missing["values"]
+        assert set(layer.missing) == {"query", "key", "value", "values"}
+        assert not maps.layer(0).missing

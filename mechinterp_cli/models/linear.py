@@ -6,7 +6,7 @@ v, between z and the residual stream, and between the last hidden state and the 
 and latent projections need no code of their own. A map that fails its proof is missing, with the reason.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -92,7 +92,8 @@ class LayerMaps:
     output: ScaledMap | None
     """From all heads' z, flattened, to what attention adds to the residual stream."""
     missing: Mapping[str, str]
-    """`query`, `key`, `value` or `output` to the reason why this layer has no such map."""
+    """`query`, `key`, `value` or `output` to the reason why this layer has no such map; `values` where v cannot even
+    be computed from the residual stream alone."""
 
     @property
     def writes(self) -> Float[Tensor, "heads d_value d_model"] | None:
@@ -170,8 +171,12 @@ class LinearMaps:
         if not layer.by_interface:
             missing.update(query=layer.missing["q"], key=layer.missing["k"])
         x = self._sample.streams[layer.index].float()
-        found: dict[str, Tensor] = {}
         memory = _Memory(lambda rows: self.trials.attention_inputs(layer.index, rows))
+        if not self._as_in_a_pass(layer, memory(x)[-1]):
+            reason = "what attention is given at a token depends on more than the token's residual stream"
+            missing.update(dict.fromkeys((*names, "values"), reason))
+            return {}
+        found: dict[str, Tensor] = {}
         for place, name in enumerate(names):
 
             def function(rows: Tensor, place: int = place) -> Tensor:
@@ -183,6 +188,14 @@ class LinearMaps:
             else:
                 found[name] = fitted.matrix.transpose(1, 2)
         return found
+
+    def _as_in_a_pass(self, layer: LayerAnatomy, alone: Tensor) -> bool:
+        """Whether v of tokens run by themselves is v of the same tokens in an ordinary pass."""
+        ordinary = self._sample.v.get(layer.index)
+        if ordinary is None or not layer.by_interface:
+            return True
+        size = float(ordinary.abs().max())
+        return ordinary.shape == alone.shape and float((ordinary - alone).abs().max()) <= TOLERANCE * size
 
     def _output(self, layer: LayerAnatomy, missing: dict[str, str]) -> ScaledMap | None:
         """The map from z to what attention adds."""
@@ -243,8 +256,3 @@ def linear_maps(model: nn.Module, anatomy: Anatomy) -> Iterator[LinearMaps]:
     """
     with in_float32(model), torch.no_grad():
         yield LinearMaps(model, anatomy)
-
-
-def reasons(maps: LinearMaps, layers: Sequence[int], kind: str) -> dict[int, str]:
-    """Of these layers, those that have no map of a kind, with the reason."""
-    return {index: reason for index in layers if (reason := maps.layer(index).missing.get(kind)) is not None}

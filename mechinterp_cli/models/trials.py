@@ -6,7 +6,7 @@ attends to itself alone. A pass is cut short as soon as what was asked for has b
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
@@ -60,6 +60,8 @@ class Sample:
     streams: list[Float[Tensor, "rows d_model"]]
     """What enters each layer, then what leaves the last."""
     z: dict[int, Float[Tensor, "rows heads d_value"]] = field(default_factory=dict)
+    v: dict[int, Float[Tensor, "rows kv_heads d_value"]] = field(default_factory=dict)
+    """Of the layers that go through the attention interface."""
     attn_out: dict[int, Float[Tensor, "rows d_model"]] = field(default_factory=dict)
 
 
@@ -90,8 +92,12 @@ class Trials:
         with no_logits(self.head):
             return self.walker.calls(tokens)
 
-    def _single(self, rows: int) -> list[LayerCall]:
-        """What the model hands to each layer for `rows` prompts of one token."""
+    def _single(self, index: int, hidden: Float[Tensor, "rows d_model"]) -> LayerCall:
+        """A layer's call for prompts of one token each, with these hidden states."""
+        call = self._of_rows(hidden.shape[0])[index]
+        return replace(call, hidden=hidden[:, None].to(call.hidden.dtype))
+
+    def _of_rows(self, rows: int) -> list[LayerCall]:
         if rows not in self._calls:
             self._calls[rows] = self.calls(torch.zeros(rows, 1, dtype=torch.long, device=device_of(self.model)))
         return self._calls[rows]
@@ -105,14 +111,14 @@ class Trials:
         """What the output head is given for final hidden states; None where no head module is called."""
         if self.head is None:
             return None
-        head = self.head
+        head, dtype = self.head, self._of_rows(1)[-1].hidden.dtype
 
         def see(_module: nn.Module, args: tuple[Any, ...]) -> None:
             raise _SeenError(args[0].reshape(args[0].shape[0], -1))
 
         def run(rows: Tensor) -> tuple[Tensor, ...]:
             with hooked([head.register_forward_pre_hook(see)]):
-                seen = _until_seen(lambda: self.walker.unembed(rows))
+                seen = _until_seen(lambda: self.walker.unembed(rows.to(dtype)))
             return () if seen is None else (seen,)
 
         seen = self._by_rows(run, hidden)
@@ -135,12 +141,13 @@ class Trials:
             raise _SeenError((args[0].reshape(-1, layer.heads.query, layer.heads.d_value),))
 
         def run(rows: Tensor) -> tuple[Tensor, ...]:
+            layer_call = self._single(index, rows)  # before anything stands in the model's way
             with ExitStack() as stack:
                 if layer.by_interface:
                     stack.enter_context(intercepted(self.model, see))
                 elif layer.z:
                     stack.enter_context(hooked([self.model.get_submodule(layer.z).register_forward_pre_hook(see_z)]))
-                seen: tuple[Tensor, ...] = _until_seen(lambda: self._run(index, rows))
+                seen: tuple[Tensor, ...] = _until_seen(lambda: self.walker.run(index, layer_call, layer_call.hidden))
             return seen
 
         return self._by_rows(run, hidden)
@@ -155,11 +162,12 @@ class Trials:
             raise _SeenError((first_tensor(output).reshape(-1, self.anatomy.d_model) * addition.scale,))
 
         def run(rows: Tensor) -> tuple[Tensor, ...]:
+            nothing = torch.zeros(rows.shape[0], self.anatomy.d_model, dtype=rows.dtype, device=rows.device)
+            layer_call = self._single(index, nothing)
             with ExitStack() as stack:
                 stack.enter_context(hooked([self.model.get_submodule(addition.module).register_forward_hook(see)]))
-                stack.enter_context(self._replacing_z(layer, rows))
-                hidden = torch.zeros(rows.shape[0], self.anatomy.d_model, dtype=rows.dtype, device=rows.device)
-                seen: tuple[Tensor, ...] = _until_seen(lambda: self._run(index, hidden))
+                stack.enter_context(self._replacing_z(layer, rows.to(layer_call.hidden.dtype)))
+                seen: tuple[Tensor, ...] = _until_seen(lambda: self.walker.run(index, layer_call, layer_call.hidden))
             return seen
 
         return self._by_rows(run, z)[0]
@@ -169,19 +177,15 @@ class Trials:
         def answer(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
             return z[:, None].contiguous(), None
 
-        def replace(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        def put(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
             return (z.reshape(args[0].shape), *args[1:])
 
         if layer.by_interface:
             with intercepted(self.model, answer):
                 yield
         elif layer.z:
-            with hooked([self.model.get_submodule(layer.z).register_forward_pre_hook(replace)]):
+            with hooked([self.model.get_submodule(layer.z).register_forward_pre_hook(put)]):
                 yield
-
-    def _run(self, index: int, hidden: Tensor) -> Tensor:
-        call = self._single(hidden.shape[0])[index]
-        return self.walker.run(index, call, hidden[:, None].to(call.hidden.dtype))
 
 
 @torch.no_grad()
@@ -190,12 +194,14 @@ def record_sample(trials: Trials, tokens: Tensor) -> Sample:
     model, anatomy = trials.model, trials.anatomy
     streams: dict[int, Tensor] = {}
     z: dict[int, Tensor] = {}
+    v: dict[int, Tensor] = {}
     attn_out: dict[int, Tensor] = {}
     layer_of = {id(m): layer.index for layer in anatomy.layers for m in model.get_submodule(layer.module).modules()}
 
     def attend(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
         out, weights = call.native(call.q, call.k, call.v, call.mask)
-        z[layer_of.get(id(call.module), -1)] = out.flatten(0, 1).clone()
+        index = layer_of.get(id(call.module), -1)
+        z[index], v[index] = out.flatten(0, 1).clone(), call.v.transpose(1, 2).flatten(0, 1).clone()
         return out, weights
 
     with ExitStack() as stack:
@@ -204,7 +210,7 @@ def record_sample(trials: Trials, tokens: Tensor) -> Sample:
             stack.enter_context(hooked(_recorders(model, layer, streams, z, attn_out)))
         logits = forward(model, tokens)
     ordered = [streams[i] for i in range(anatomy.n_layers + 1)]
-    return Sample(logits.flatten(0, 1), ordered, z, attn_out)
+    return Sample(logits.flatten(0, 1), ordered, z, v, attn_out)
 
 
 def _recorders(

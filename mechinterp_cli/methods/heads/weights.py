@@ -62,8 +62,7 @@ class Circuits:
     @property
     def encoder(self) -> Encoder:
         """The tokenizer, with the model's limits."""
-        rows = self.model.model.get_input_embeddings().weight.shape[0]  # type: ignore[index]  # unannotated
-        return Encoder.of(self.model.tokenizer, add_bos=False, vocab_size=int(rows))
+        return Encoder.of(self.model.tokenizer, add_bos=False, vocab_size=self.model.anatomy.vocab_size)
 
     def blank(self) -> Float[Tensor, "layers heads"]:
         """A table of scores with nothing in it."""
@@ -73,8 +72,9 @@ class Circuits:
         """Layers that have no OV circuit to the logits, and why."""
         if isinstance(self.unembedding, str):
             return dict.fromkeys(layers, self.unembedding)
-        found = {index: self.maps.layer(index).missing.get("output") for index in layers}
-        return {index: reason for index, reason in found.items() if reason is not None}
+        missing = {index: self.maps.layer(index).missing for index in layers}
+        kinds = ("output", "values")
+        return {index: of[kind] for index, of in missing.items() for kind in kinds if kind in of}
 
     def read(self, layer: int, streams: Float[Tensor, "tokens d_model"]) -> Float[Tensor, "tokens heads d_value"]:
         """Each query head's z when it attends to nothing but a token whose residual stream is `streams`."""
