@@ -130,7 +130,8 @@ class LinearMaps:
     def _proved(self, entry: ScaledMap, weight: Tensor, bias: Tensor | None, raw: Tensor) -> Unembedding | str:
         native, cap = self._sample.logits.float(), softcap_of(self._config)
         open_, free = (native, native.isfinite()) if cap is None else uncapped(native, cap)
-        multiplier = float((raw * open_)[free].double().sum() / raw[free].double().square().sum())
+        known, ours = open_[free].cpu().double(), raw[free].cpu().double()
+        multiplier = float(ours @ known / ours.square().sum())
         told = raw * multiplier if cap is None else torch.tanh(raw * multiplier / cap) * cap
         error = (told - native).abs().max() / native.abs().max()
         if not bool(error <= TOLERANCE):

@@ -92,16 +92,21 @@ class _Probes:
         generator = torch.Generator().manual_seed(0)
         direction = torch.randn(self._eye.shape[0], generator=generator).to(self._like)
         reference = _LARGE * direction / direction.norm()
-        r = _grouped(self._function(reference[None]) - self.offset, together).double()
-        w = _grouped(self._function(reference + self._eye) - self.offset, together).double()
-        u = _grouped(self.units, together).double()
+        r = _wide(_grouped(self._function(reference[None]) - self.offset, together))
+        w = _wide(_grouped(self._function(reference + self._eye) - self.offset, together))
+        u = _wide(_grouped(self.units, together))
         rr, ru, uu = (a.mul(b).sum(-1) for a, b in ((r, r), (r, u), (u, u)))
         rw, uw = (w * r).sum(-1), (w * u).sum(-1)
         ratio = (uw * rr - rw * ru) / (rw * uu - uw * ru)
         # A unit that the function does not see stays unseen; one along the reference says nothing of its scale.
         usable = (uu > 0) & ratio.isfinite()
         columns = u * torch.where(usable, ratio, 0.0)[..., None]
-        return columns.reshape(self.units.shape).to(self.units.dtype)
+        return columns.reshape(self.units.shape).to(self.units)
+
+
+def _wide(values: Tensor) -> Tensor:
+    """Float64, on the CPU where the device has none."""
+    return values.cpu().double() if values.device.type == "mps" else values.double()
 
 
 def _grouped(values: Outputs, together: bool) -> Outputs:

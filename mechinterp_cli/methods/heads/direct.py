@@ -147,7 +147,7 @@ class _Batch:
         """A site's part; 0 where the layer has no such site."""
         if site not in self.seen:
             return torch.zeros_like(self.constant)
-        return (self.seen[site].double() * self.direction.double()).sum(-1).to(self.constant.dtype)
+        return (self.seen[site].float() * self.direction).sum(-1)
 
     def _attention(self, layer: int) -> tuple[Float[Tensor, "prompts heads"], Float[Tensor, " prompts"]]:
         """Each head's part, and what attention adds beside them."""

@@ -85,7 +85,7 @@ def successor(logits: Float[Tensor, "items items"], pairs: Sequence[tuple[int, i
     items, next_ones = (torch.tensor(column, device=logits.device) for column in zip(*pairs, strict=True))
     rows = logits[items]
     top = rows == rows.amax(-1, keepdim=True)
-    return top[torch.arange(len(rows)), next_ones].double() / top.sum(-1)
+    return top.gather(1, next_ones[:, None])[:, 0].float() / top.sum(-1)
 
 
 @torch.no_grad()
@@ -107,7 +107,7 @@ def successor_scores(circuits: Circuits, layers: Sequence[int]) -> HeadScores:
     scored = [layer for layer in layers if layer not in missing]
     sources = [_Source.of(circuits, one, deep=any(scored)) for one in series]
     for layer in scored:
-        mean = torch.cat([source.hits(circuits, layer) for source in sources]).mean(0)
+        mean = torch.cat([source.hits(circuits, layer) for source in sources]).double().mean(0)
         values[layer, : len(mean)] = mean
     return HeadScores("successor", values, chance(series), missing)
 

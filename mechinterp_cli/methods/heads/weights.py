@@ -162,10 +162,10 @@ def copying_eigenvalues(
         read: z by attended token, without the part that all tokens share (biases).
         write: What one unit of z adds to the tokens' logits.
     """
-    small = write.double() @ read.double().transpose(0, 1)
+    small = (write @ read.transpose(0, 1)).cpu().double()
     values: Tensor = torch.linalg.eigvals(small / small.abs().amax((1, 2), keepdim=True).clamp(min=1e-300))
     total = values.abs().sum(-1)
-    return torch.where(total > 0, values.real.sum(-1) / total, torch.nan).cpu()
+    return torch.where(total > 0, values.real.sum(-1) / total, torch.nan)
 
 
 @torch.no_grad()
