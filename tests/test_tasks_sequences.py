@@ -408,5 +408,5 @@ def test_nothing_is_kept_for_being_right_where_nothing_is_asked(top: bool, key: 
         logits[row, prompt.answer[0]] = 1
     assert keep_correct(asked, logits, top=top)[0] == asked
     mixed = replace(asked, prompts=(*asked.prompts, prompts.prompts[0]))
-    with pytest.raises(UserError):
-        keep_correct(mixed, torch.zeros(4, len(byte_level())), top=top)
+    with pytest.raises(UserError, match=f"{key}: the answer must be right"):
+        keep_correct(mixed, logits[[0, 1, 2, 0]], top=top)
