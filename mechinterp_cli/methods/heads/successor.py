@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from mechinterp_cli.methods.heads.weights import Circuits, HeadScores, after_first_mlp, embedded
@@ -105,7 +105,7 @@ def successor_scores(circuits: Circuits, layers: Sequence[int]) -> HeadScores:
         missing |= {layer: f"layer 0: {without}" for layer in layers if layer}
     values = circuits.blank()
     scored = [layer for layer in layers if layer not in missing]
-    sources = [_Source.of(circuits, one, deep=any(scored)) for one in series]
+    sources = [_Source.of(circuits, one, deep=any(scored)) for one in series if scored]
     for layer in scored:
         mean = torch.cat([source.hits(circuits, layer) for source in sources]).double().mean(0)
         values[layer, : len(mean)] = mean
@@ -119,10 +119,10 @@ def chance(series: Sequence[Series]) -> float:
 
 @dataclass(frozen=True, eq=False)
 class _Source:
-    """A series' tokens and the residual streams that stand for them."""
+    """A series, the residual streams that stand for its tokens, and the way back to their logits."""
 
     series: Series
-    tokens: Int[Tensor, " items"]
+    project: Float[Tensor, "items d_model"]
     first: Float[Tensor, "items d_model"]
     """For the heads of layer 0."""
     later: Float[Tensor, "items d_model"]
@@ -133,11 +133,11 @@ class _Source:
         """The streams of a series; those for later layers are made only if there is one to score (`deep`)."""
         tokens = torch.tensor(series.tokens, device=device_of(circuits.model.model))
         first = embedded(circuits, tokens)
-        return cls(series, tokens, first, after_first_mlp(circuits, tokens) if deep else first)
+        return cls(series, circuits.project(tokens), first, after_first_mlp(circuits, tokens) if deep else first)
 
     def hits(self, circuits: Circuits, layer: int) -> Float[Tensor, "pairs heads"]:
         """Of each item of the series, whether a head puts forward its successor."""
         read = circuits.read(layer, self.later if layer else self.first)
-        write = circuits.write(layer, self.tokens)
+        write = circuits.write(layer, self.project)
         heads = [successor(read[:, h] @ write[h], self.series.pairs) for h in range(read.shape[1])]
         return torch.stack(heads, dim=1).cpu()

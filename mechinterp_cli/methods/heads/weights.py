@@ -82,15 +82,18 @@ class Circuits:
         assert heads is not None
         return repeat_heads(self.maps.values(layer, streams), heads.query)
 
-    def write(self, layer: int, tokens: Int[Tensor, " tokens"]) -> Float[Tensor, "heads d_value tokens"]:
-        """What one unit of each head's z adds to the logits of some tokens, norms' scales left out.
+    def project(self, tokens: Int[Tensor, " tokens"]) -> Float[Tensor, "tokens d_model"]:
+        """What one unit of each feature of the residual stream adds to tokens' logits, the norm's scale left out."""
+        assert not isinstance(self.unembedding, str)
+        return self.unembedding.project(tokens)
+
+    def write(self, layer: int, project: Float[Tensor, "tokens d_model"]) -> Float[Tensor, "heads d_value tokens"]:
+        """What one unit of each head's z adds to the logits of the tokens of `project`, norms' scales left out.
 
         What is no more than rounding of two orthogonal directions is 0.
         """
         writes = self.maps.layer(layer).writes
         assert writes is not None
-        assert not isinstance(self.unembedding, str)
-        project = self.unembedding.project(tokens)
         logits = writes @ project.T
         rounding = ROUNDING * writes.norm(dim=-1)[..., None] * project.norm(dim=-1)
         return logits.masked_fill_(logits.abs() <= rounding, 0.0)
@@ -181,11 +184,11 @@ def copying_scores(
     """
     missing = circuits.missing(layers)
     shares, eigenvalues = circuits.blank(), circuits.blank()
-    streams = embedded(circuits, tokens)
-    for layer in layers:
-        if layer in missing:
-            continue
-        read, write = circuits.read(layer, streams), circuits.write(layer, tokens)
+    scored = [layer for layer in layers if layer not in missing]
+    if scored:
+        streams, project = embedded(circuits, tokens), circuits.project(tokens)
+    for layer in scored:
+        read, write = circuits.read(layer, streams), circuits.write(layer, project)
         n = read.shape[1]
         shares[layer, :n] = torch.tensor([copying(read[:, h] @ write[h]) for h in range(n)], dtype=torch.float64)
         shared = circuits.read(layer, torch.zeros_like(streams[:1]))
