@@ -40,7 +40,7 @@ def specs(shown: View) -> dict[str, dict[str, Any]]:
     found = {}
     for name, picture in shown.pictures:
         assert isinstance(picture, Drawing)
-        found[name] = picture.chart().to_dict()
+        found[name] = picture.spec()
     return found
 
 
@@ -173,12 +173,14 @@ def test_attention_pictures_are_the_pattern_below_the_diagonal() -> None:
     fake = Fake()
     spec = specs(view(fake))["attention-induction"]
     assert [panel["title"] for panel in spec["concat"]] == ["head 2.0, induction 0.90", "head 1.1, induction 0.07"]
-    cells = rows_of(spec, 1)
-    assert len(cells) == 12 * 13 // 2
+    at = {(cell["query"], cell["key"]): cell["value"] for cell in rows_of(spec, 1, 1)}
     pattern = fake.pattern(1, 1, 12)
-    at = {(cell["query"], cell["key"]): cell["value"] for cell in cells}
     assert at["3 ·John", "2 ⏎"] == pytest.approx(pattern[3, 2], abs=1e-5)
-    axis = spec["concat"][0]["encoding"]["x"]
+    assert len(at) == (pattern >= 0.002).sum() < 12 * 13 // 2
+    white = {(row["query"], row["first"], row["last"]) for row in rows_of(spec, 1, 0)}
+    assert len(white) == 12
+    assert ("3 ·John", "0 ·the", "3 ·John") in white
+    axis = spec["concat"][0]["layer"][1]["encoding"]["x"]
     assert axis["scale"]["domain"][:3] == ["0 ·the", "1 ·Mary", "2 ⏎"]
 
 
@@ -187,6 +189,7 @@ def test_attention_labels_have_room(length: int) -> None:
     tokens = (WORDS * 20)[:length]
     spec = specs(view(Fake(tokens=tokens, drawn=((2, 0),))))["attention-induction"]
     panel = spec["concat"][0]
+    panel |= panel["layer"][1]
     axis = panel["encoding"]["x"]["axis"]
     drawn = min(length, 128)
     assert len(panel["encoding"]["x"]["scale"]["domain"]) == drawn
@@ -195,9 +198,16 @@ def test_attention_labels_have_room(length: int) -> None:
     assert ("The last 128 of 200 tokens" in " ".join(spec["title"]["subtitle"])) is (length == 200)
 
 
+def test_keys_that_cannot_be_seen_are_neither_white_nor_coloured() -> None:
+    rows = [row for row in records(Fake().patterns_table()) if row["query"] - row["key"] not in (1, 5, 6)]
+    spec = specs(view(Fake(), patterns=table(rows)))["attention-induction"]
+    runs = [(row["first"], row["last"]) for row in rows_of(spec, 0, 0) if row["query"] == "9 <|im_start|>"]
+    assert runs == [("0 ·the", "2 ⏎"), ("5 ,", "7 ·中"), ("9 <|im_start|>", "9 <|im_start|>")]
+
+
 def test_attention_without_the_prompt_has_numbers_for_labels() -> None:
     spec = specs(view(Fake(), "prompts"))["attention-induction"]
-    assert spec["concat"][0]["encoding"]["y"]["scale"]["domain"][:2] == ["0 ?", "1 ?"]
+    assert spec["concat"][0]["layer"][1]["encoding"]["y"]["scale"]["domain"][:2] == ["0 ?", "1 ?"]
 
 
 def test_the_proof_stands_beside_random_heads() -> None:
@@ -335,7 +345,7 @@ def test_prompts_without_a_checkpoint_hold_for_all() -> None:
     fake = Fake(checkpoints=STEPS)
     prompts = fake.prompts_table().assign(checkpoint=pd.Series([None], dtype="string[pyarrow]"))
     spec = specs(view(fake, prompts=prompts))["attention-induction"]
-    assert spec["concat"][0]["encoding"]["y"]["scale"]["domain"][1] == "1 ·Mary"
+    assert spec["concat"][0]["layer"][1]["encoding"]["y"]["scale"]["domain"][1] == "1 ·Mary"
 
 
 def test_the_checkpoint_table_has_the_best_head_and_the_loss() -> None:
@@ -403,9 +413,9 @@ def test_tokens_and_names_cannot_act() -> None:
         assert "<script" not in svg
         assert "\x1b" not in svg
         assert isinstance(picture, Drawing)
-        assert not any("\x1b" in found or "\u202e" in found for found in strings(picture.chart().to_dict()))
+        assert not any("\x1b" in found or "\u202e" in found for found in strings(picture.spec()))
         assert picture.png(), name
-    labels = specs(shown)["attention-induction"]["concat"][0]["encoding"]["x"]["scale"]["domain"]
+    labels = specs(shown)["attention-induction"]["concat"][0]["layer"][1]["encoding"]["x"]["scale"]["domain"]
     assert len(set(labels)) == len(HOSTILE)
     assert max(map(len, labels)) <= 20
 

@@ -75,7 +75,7 @@ def test_with_checkpoints_the_last_is_mapped_and_the_strongest_are_followed() ->
     assert [row["label"] for row in made.headline()] == ["trial 5", "trial 4", "trial 3", "trial 2"]
     drawing = made.pictures[1][1]
     assert isinstance(drawing, Drawing)
-    spec = drawing.chart().to_dict()
+    spec = drawing.spec()
     points = next(rows for rows in spec["datasets"].values() if "high" not in rows[0] and "name" in rows[0])
     line = {(row["name"], row["x"]): row["y"] for row in points}
     assert line["resid_pre, layer 1, position 2 \\x1b[31mc", 10.0] == pytest.approx(0.25)

@@ -3,19 +3,22 @@
 Pictures are Vega-Lite charts made by Altair, drawn by vl-convert without a browser or a network.
 """
 
-import io
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import altair as alt
+import vl_convert
 
 from mechinterp_cli.report.labels import show_text
 
 Chart: TypeAlias = alt.ConcatChart
 """Every picture is panels set side by side, be it one."""
 
+Rows: TypeAlias = list[dict[str, Any]]
+VERSION = ".".join(alt.SCHEMA_VERSION.split(".")[:2])
+"""Of Vega-Lite, that Altair writes."""
 COLOURS = ("#b2182b", "#ef8a62", "#fddbc7", "#ffffff", "#d1e5f0", "#67a9cf", "#2166ac")
 """ColorBrewer's red–blue, which the colour-blind can tell apart: white is 0 (or chance), blue is above."""
 SERIES_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
@@ -29,6 +32,15 @@ class Drawing:
     """A picture whose chart is made when it is asked for."""
 
     chart: Callable[[], Chart]
+    data: Callable[[], Mapping[str, Rows]] = dict
+    """Data that the chart has by name. Altair copies and checks what stands in a chart again and again, a second for
+    ten thousand rows; large data is better put in afterwards."""
+
+    def spec(self) -> dict[str, Any]:
+        """The Vega-Lite specification with all its data."""
+        spec: dict[str, Any] = self.chart().to_dict()
+        spec["datasets"] = {**spec.get("datasets", {}), **self.data()}
+        return spec
 
     def png(self, *, scale: float = 2.0) -> bytes:
         """The picture as PNG.
@@ -36,15 +48,13 @@ class Drawing:
         Args:
             scale: Pixels per unit; 2 is sharp on dense screens and in print.
         """
-        buffer = io.BytesIO()
-        self.chart().save(buffer, format="png", scale_factor=scale)
-        return buffer.getvalue()
+        drawn: bytes = vl_convert.vegalite_to_png(self.spec(), vl_version=VERSION, scale=scale)
+        return drawn
 
     def svg(self) -> bytes:
         """The picture as SVG; text from tokens is escaped."""
-        buffer = io.StringIO()
-        self.chart().save(buffer, format="svg")
-        return buffer.getvalue().encode("utf-8", "backslashreplace")
+        drawn: str = vl_convert.vegalite_to_svg(self.spec(), vl_version=VERSION)
+        return drawn.encode("utf-8", "backslashreplace")
 
 
 def head_lines(title: str, lines: Sequence[str], room: float) -> alt.TitleParams:
