@@ -29,6 +29,7 @@ from mechinterp_cli.models.walk import forward
 FLOAT32_TOLERANCE = 1e-4
 """Of the logits' scale; two implementations of SmolLM2 differ by 3e-5."""
 NOISE_FACTOR = 3.0
+PROOF_READS = 4
 PROOF_PROMPTS = 3
 EVERYTHING = (1, 3)
 """Places among the checks of the trials that replace a whole stream."""
@@ -160,10 +161,15 @@ def touched_prompts(trials: Sequence[Trial], size: int) -> list[int]:
 
 
 def pick(bucket: Bucket, prompts: list[int]) -> Bucket:
-    """Some prompts of a bucket."""
+    """Some prompts of a bucket, read at a few of the positions that it is read at, the first and the last among them.
+
+    All logits of all positions of a trial would not fit into memory.
+    """
+    reads = bucket.read.shape[1]
+    few = sorted({round(i * (reads - 1) / (PROOF_READS - 1)) for i in range(PROOF_READS)})
     return Bucket(
         {name: tokens[prompts] for name, tokens in bucket.tokens.items()},
-        bucket.read[prompts],
+        bucket.read[prompts][:, few],
         {name: noise[prompts] for name, noise in bucket.noise.items()},
     )
 

@@ -62,6 +62,11 @@ class Bench:
         """Put a warning into the log and the manifest."""
         self.run.warn(f"{self.moment.heading}{text}")
 
+    def note(self, facts: dict[str, Any]) -> None:
+        """Put something else that was proved of this model into the manifest."""
+        parts = list(self.run.manifest.engine.get("parts", []))
+        self.run.manifest.engine = {"parts": [*parts, {"checkpoint": self.moment.name, "job": None, **facts}]}
+
     def sweep(self, job: Job) -> Swept:
         """Prove an executor on the job, plan it, and compute what is not saved yet.
 

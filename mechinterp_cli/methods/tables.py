@@ -211,16 +211,7 @@ def summary_frame(sweep: Sweep, stats: StatsSection) -> pd.DataFrame:
 
     Warnings of the statistics are added to the sweep.
     """
-    options = StatsOptions(
-        draws=stats.bootstrap,
-        level=stats.ci,
-        method="studentized" if stats.interval == "studentized" else "bca",
-        flips=stats.flips,
-        correction=stats.correction,
-        q=stats.q,
-        margin=stats.smallest_effect,
-        seed=stats.seed,
-    )
+    options = stats_options(stats)
     frames = []
     warned: dict[str, list[str]] = {}
     for metric, name in enumerate(sweep.metrics):
@@ -238,14 +229,14 @@ def summary_frame(sweep: Sweep, stats: StatsSection) -> pd.DataFrame:
         )
         for warning in summary.warnings:
             warned.setdefault(warning, []).append(name)
-        frames.append(pd.DataFrame(_plain(summary.columns)).assign(metric=name))
+        frames.append(pd.DataFrame(plain_columns(summary.columns)).assign(metric=name))
     for warning, names in warned.items():
         sweep.warnings.append(warning if len(names) == len(sweep.metrics) else f"{', '.join(names)}: {warning}")
     joined = pd.concat(frames, ignore_index=True)
     return joined.merge(site_frame(sweep.specs), on="trial", how="left", validate="many_to_one")
 
 
-def _plain(columns: Any) -> dict[str, Any]:
+def plain_columns(columns: Any) -> dict[str, Any]:
     """Masked numbers as nullable pandas arrays that keep NaN and null apart."""
     plain: dict[str, Any] = {}
     for name, values in columns.items():
@@ -255,3 +246,23 @@ def _plain(columns: Any) -> dict[str, Any]:
         else:
             plain[name] = values
     return plain
+
+
+def stats_options(stats: StatsSection, *, raw_margin: float | None = None) -> StatsOptions:
+    """What the statistics are told.
+
+    Args:
+        stats: The config's section.
+        raw_margin: Smallest effect that matters in the metric's own unit, where nothing normalises.
+    """
+    return StatsOptions(
+        draws=stats.bootstrap,
+        level=stats.ci,
+        method=stats.interval,
+        flips=stats.flips,
+        correction=stats.correction,
+        q=stats.q,
+        margin=stats.smallest_effect,
+        raw_margin=raw_margin,
+        seed=stats.seed,
+    )

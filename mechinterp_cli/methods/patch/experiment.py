@@ -93,7 +93,7 @@ class PatchExperiment(Experiment):
         sweep = self._sweep(bench.sweep(self.job))
         config, options = self.loaded.config, self.bound.options
         bench.stage("writing tables and pictures")
-        source = options.source_stream if options.source in ("pair", "other") else options.source
+        source = self.bound.source_stream if options.source in ("pair", "other") else options.source
         rows = tables.trial_rows(sweep.specs, self.model.anatomy, op=self.bound.operation(), source=source)
         summary = tables.summary_frame(sweep, config.stats)
         written: dict[str, Any] = {"trials": rows, "baselines": tables.baseline_rows(sweep), "summary": summary}
@@ -161,7 +161,8 @@ def prepare(options: PatchOptions, setting: Setting) -> PatchExperiment:
         UserError: Anything that the config, the model or the task cannot do.
     """
     loaded, model = setting.loaded, setting.model
-    check_prompts([find_metric(name) for name in loaded.config.metrics], setting.prompts.prompts)
+    metrics = [find_metric(name) for name in loaded.config.metrics]
+    check_prompts(metrics, setting.prompts.prompts, setting.prompts.task)
     bound = patching.bind(loaded, options, model.anatomy, setting.prompts)
     prompts, logits = _select(setting, options)
     if len(prompts.prompts) < len(setting.prompts.prompts):

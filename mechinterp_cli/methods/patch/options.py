@@ -97,6 +97,11 @@ class BoundPatch:
         return self.options.base_stream
 
     @property
+    def source_stream(self) -> str:
+        """The stream that is patched from: where nothing is corrupted, that of the other prompts."""
+        return self.options.source_stream if self.has_corrupt else self.base_stream
+
+    @property
     def draws(self) -> int:
         """Noisy copies of each prompt."""
         return self.options.draws
@@ -150,9 +155,7 @@ class BoundPatch:
             if spec.units is not None:
                 values = values[:, :, list(spec.units)]
             return Edit(site, "constant", positions, spec.units, keys, values=values)
-        return Edit(
-            site, "replace", positions, spec.units, keys, source=self.options.source_stream, source_prompts=others
-        )
+        return Edit(site, "replace", positions, spec.units, keys, source=self.source_stream, source_prompts=others)
 
 
 def bind(loaded: LoadedConfig, options: PatchOptions, anatomy: Anatomy, prompts: PromptSet) -> BoundPatch:
@@ -175,6 +178,9 @@ def _differences(loaded: LoadedConfig, options: PatchOptions, prompts: PromptSet
         if options.direction != "denoise" or options.source != "pair":
             problem = "causal tracing restores clean activations: direction denoise, source pair"
             raise loaded.error(("patch", "tracing"), problem, "Leave out direction and source.")
+        if not all(prompt.answer for prompt in prompts.prompts):
+            problem = f"causal tracing needs the answers of its prompts, and task {prompts.task} has none"
+            raise loaded.error(("patch", "tracing"), problem, "Use a task such as capitals, or prompts with answers.")
         try:
             return tuple(frozenset(span) for span in resolve_span(prompts, options.tracing.span))
         except UserError as error:

@@ -1,0 +1,207 @@
+"""Ablating the heads with the highest scores, beside as many others of the same layers."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from mechinterp_cli.engine.edits import Bucket, Edit, Site, Trial
+from mechinterp_cli.engine.plan import Work
+from mechinterp_cli.methods.heads.losses import first_positions, repeated_positions
+from mechinterp_cli.methods.heads.options import METRICS, Ablation, CausalOptions
+from mechinterp_cli.methods.heads.scoring import buckets_of, tokens_of
+from mechinterp_cli.methods.job import Job
+from mechinterp_cli.models.anatomy import Anatomy
+from mechinterp_cli.tasks.draw import Draw
+from mechinterp_cli.tasks.prompts import PromptSet
+
+Head = tuple[int, int]
+Design = Literal["single", "top", "random"]
+Means = Mapping[int, Float[Tensor, "heads d_value"]]
+"""Layer to the mean of each head's z."""
+
+
+@dataclass(frozen=True)
+class Ablated:
+    """One trial: which heads are ablated, and why these."""
+
+    index: int
+    score: str
+    ablation: Ablation
+    design: Design
+    k: int
+    heads: tuple[Head, ...]
+    """(layer, head); strongest first, or in the order drawn."""
+    draw: int | None = None
+
+    @property
+    def name(self) -> str:
+        """The heads in words: `5.1+7.2`."""
+        return "+".join(f"{layer}.{head}" for layer, head in self.heads)
+
+    @property
+    def label(self) -> str:
+        """The trial in words."""
+        what = {"single": "head", "top": f"top {self.k}", "random": f"random {self.k}"}[self.design]
+        return f"{self.ablation} {what} by {self.score}: {self.name}"
+
+
+def lay_out(
+    options: CausalOptions, ranking: Mapping[str, Sequence[Head]], anatomy: Anatomy, seed: int
+) -> tuple[list[Ablated], list[str]]:
+    """All trials: each strong head alone, the strongest k together, and random ones of the same layers.
+
+    Args:
+        options: The section.
+        ranking: By score, the heads with a score, strongest first.
+        anatomy: How many heads each layer has.
+        seed: Of the random heads; a draw depends on score, k and its number alone, so both ablations share it.
+
+    Returns:
+        The trials, and what a reader must know.
+    """
+    trials: list[Ablated] = []
+    warnings: list[str] = []
+
+    def add(*what: object) -> None:
+        trials.append(Ablated(len(trials), *what))  # type: ignore[arg-type]  # the fields in order
+
+    for score in options.scores:
+        ranked = list(ranking[score])
+        grid = [k for k in sorted(options.k) if k <= len(ranked)]
+        if len(grid) < len(options.k):
+            warnings.append(f"causal: {score} is defined for {len(ranked)} heads; larger k are left out")
+        sets = {k: random_sets(ranked[:k], anatomy, options.random, seed) for k in grid}
+        warnings += [
+            f"causal: no random heads beside the top {k} by {score}: a layer has too few others"
+            for k, drawn in sets.items()
+            if not drawn
+        ]
+        for ablation in options.values:
+            if ablation == options.values[0]:
+                for head in ranked[: max(grid, default=0)]:
+                    add(score, ablation, "single", 1, (head,))
+            for k in grid:
+                add(score, ablation, "top", k, tuple(ranked[:k]))
+                for draw, heads in enumerate(sets[k]):
+                    add(score, ablation, "random", k, heads, draw)
+    return trials, warnings
+
+
+def random_sets(chosen: Sequence[Head], anatomy: Anatomy, draws: int, seed: int) -> list[tuple[Head, ...]]:
+    """Sets of as many heads of the same layers, none of them among the chosen; none where a layer has too few."""
+    wanted = {layer: sum(1 for other, _ in chosen if other == layer) for layer, _ in chosen}
+    others: dict[int, list[int]] = {}
+    for layer in wanted:
+        heads = anatomy.layers[layer].heads
+        others[layer] = [head for head in range(heads.query if heads else 0) if (layer, head) not in chosen]
+        if len(others[layer]) < wanted[layer]:
+            return []
+    draw = Draw(seed * 1_000_003 + len(chosen))
+    return [
+        tuple((layer, head) for layer in sorted(wanted) for head in sorted(draw.sample(others[layer], wanted[layer])))
+        for _ in range(draws)
+    ]
+
+
+@dataclass(frozen=True, eq=False)
+class Predictions:
+    """Of prompts of one length: which predictions repeat a pair, which are of tokens that have not occurred."""
+
+    repeated: Bool[Tensor, "prompts reads"]
+    first: Bool[Tensor, "prompts reads"]
+
+    @classmethod
+    def of(cls, tokens: Tensor) -> "Predictions":
+        """Of ids [prompts, positions]."""
+        return cls(repeated_positions(tokens), first_positions(tokens))
+
+    def metrics(self, losses: Float[Tensor, "*trials prompts reads"]) -> Float[Tensor, "*trials prompts metrics"]:
+        """`METRICS` of each prompt; NaN where it has no such prediction."""
+        repeated, first = (_mean(losses, chosen) for chosen in (self.repeated, self.first))
+        return torch.stack([repeated - first, repeated, first], dim=-1)
+
+
+def _mean(losses: Tensor, chosen: Bool[Tensor, "prompts reads"]) -> Tensor:
+    count = chosen.sum(-1)
+    total = torch.where(chosen, losses, 0.0).sum(-1)
+    # Where a loss is NaN that was computed, so is the mean; where nothing is chosen, too.
+    return torch.where(count > 0, total / count.clamp(min=1), torch.nan)
+
+
+def both_kinds(tokens: Sequence[int]) -> bool:
+    """Whether a prompt has predictions of both kinds."""
+    found = Predictions.of(torch.tensor([tokens]))
+    return bool(found.repeated.any() and found.first.any())
+
+
+def make_job(
+    trials: Sequence[Ablated], prompts: PromptSet, members: Sequence[int], means: Means, name: str = ""
+) -> Job:
+    """The engine's job: every trial on every prompt, the loss of every next token.
+
+    Args:
+        trials: The trials.
+        prompts: The prompts.
+        members: Those that are measured; the job counts them from 0.
+        means: For the ablation `mean`.
+        name: Of the job.
+    """
+    local = {prompt: place for place, prompt in enumerate(members)}
+    buckets = buckets_of(prompts, members)
+    works, measures, reduces = [], [], []
+    for bucket in buckets:
+        tokens = tokens_of(prompts, bucket)
+        works.append(_work(trials, tokens, means))
+        measures.append(_losses(tokens))
+        reduces.append(_reduce(Predictions.of(tokens)))
+    return Job(
+        trials=len(trials),
+        prompts=len(members),
+        members=[[local[i] for i in bucket] for bucket in buckets],
+        works=tuple(works),
+        measures=tuple(measures),
+        metrics=METRICS,
+        reduces=tuple(reduces),
+        name=name,
+    )
+
+
+def _work(trials: Sequence[Ablated], tokens: Tensor, means: Means) -> Work:
+    prompts, length = tokens.shape
+    everywhere = (tuple(range(length)),) * prompts
+    read = torch.arange(length - 1).expand(prompts, -1)
+    bucket = Bucket.of({"clean": tokens}, read)
+    every = tuple(range(prompts))
+    return Work(bucket, tuple(Trial(trial.index, "clean", _edits(trial, everywhere, means), every) for trial in trials))
+
+
+def _edits(trial: Ablated, positions: tuple[tuple[int, ...], ...], means: Means) -> tuple[Edit, ...]:
+    """One edit per layer."""
+    edits = []
+    for layer in sorted({layer for layer, _ in trial.heads}):
+        units = tuple(sorted(head for other, head in trial.heads if other == layer))
+        site = Site("z", layer)
+        if trial.ablation == "zero":
+            edits.append(Edit(site, "zero", positions, units))
+        else:
+            edits.append(Edit(site, "constant", positions, units, values=means[layer][None, None, list(units)]))
+    return tuple(edits)
+
+
+def _losses(tokens: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """Cross-entropy of the next token, nats: [n, 1]."""
+
+    def measure(logits: Tensor, prompt: Tensor, read: Tensor) -> Tensor:
+        following = tokens.to(logits.device)[prompt, read + 1]
+        wide = logits.float()
+        return (wide.logsumexp(-1) - wide.gather(1, following[:, None])[:, 0])[:, None]
+
+    return measure
+
+
+def _reduce(predictions: Predictions) -> Callable[[Tensor], Tensor]:
+    return lambda values: predictions.metrics(values[..., 0])
