@@ -135,3 +135,10 @@ def test_names_cannot_act() -> None:
     assert "<script" not in svg
     assert "\x1b" not in svg
     assert "&lt;script&gt;" in svg
+
+
+def test_numbers_on_the_y_axis_are_written_out() -> None:
+    svg = drawing(picture(curve((1, 2), (0.0, 10.8)))).svg().decode()
+    assert ">10<" in svg
+    assert ">1e+1<" not in svg
+    assert ">0.002<" in drawing(picture(curve((1, 2), (0.0, 0.0031)))).svg().decode()

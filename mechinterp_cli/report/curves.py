@@ -45,7 +45,7 @@ def _panel(curves: Curves, index: int, across: int) -> alt.LayerChart:
     x = _x_axis(curves, labels=bottom)
     low, high = panel.y_range or y_range([panel])
     y_scale = alt.Scale(domain=[low, high], nice=False, zero=False)
-    y_axis = alt.Axis(format="~g", tickCount=4 if stacked else 6, minExtent=34, titleLimit=HEIGHT)
+    y_axis = alt.Axis(format="~f", tickCount=4 if stacked else 6, minExtent=34, titleLimit=HEIGHT)
     y = alt.Y("y:Q", scale=y_scale, axis=y_axis, title=show_text(panel.y_title))
     colour, dash, shape = _looks([curve.name for curve in panel.curves], with_legend)
     points = inline([row for curve in panel.curves for row in _points(curve)])
