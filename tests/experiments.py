@@ -16,6 +16,7 @@ from mechinterp_cli.methods.run import run_experiment
 from mechinterp_cli.runs.outcome import RunOutcome, SilentProgress
 
 INDUCTION = {"name": "induction", "n": 4, "block": 6, "prefix": 2}
+REPEATS = {"name": "repeats", "n": 8, "block": 6, "repeats": 2}
 QUICK = {"bootstrap": 100, "flips": 99}
 
 
@@ -58,17 +59,24 @@ class Run:
         return torch.tensor(chosen.sort_values("prompt")["value"].tolist(), dtype=torch.float64)
 
 
-def config_of(folder: Path, method: dict[str, Any], **sections: Any) -> LoadedConfig:
-    """A config file for `patch` with these sections, loaded."""
+def config_of(folder: Path, section: dict[str, Any], *, method: str = "patch", **sections: Any) -> LoadedConfig:
+    """A config file for a subcommand with this section and these others, loaded."""
     register_all()
-    whole = {"name": "test", "model": {"id": "toy-induction"}, "task": INDUCTION, "stats": QUICK, "patch": method}
+    task = REPEATS if method == "heads" else INDUCTION
+    whole = {"name": "test", "model": {"id": "toy-induction"}, "task": task, "stats": QUICK, method: section}
     whole |= {"output": {"figures": []}} | sections
     path = folder / "experiment.yaml"
     path.write_text(yaml.safe_dump(whole))
-    return load_config(path, method="patch")
+    return load_config(path, method=method)
 
 
-def run_patch(folder: Path, method: dict[str, Any], **sections: Any) -> Run:
-    """Run `patch` and give its run directory."""
-    outcome = run_experiment(config_of(folder, method, **sections), out=folder / "runs", progress=SilentProgress())
+def run_method(folder: Path, method: str, section: dict[str, Any], **sections: Any) -> Run:
+    """Run a subcommand's experiment and give its run directory."""
+    loaded = config_of(folder, section, method=method, **sections)
+    outcome = run_experiment(loaded, out=folder / "runs", progress=SilentProgress())
     return Run(outcome.path, outcome)
+
+
+def run_patch(folder: Path, section: dict[str, Any], **sections: Any) -> Run:
+    """Run `patch` and give its run directory."""
+    return run_method(folder, "patch", section, **sections)
