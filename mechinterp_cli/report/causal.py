@@ -156,10 +156,10 @@ def _standing(row: Row) -> tuple[bool, float, float]:
 
 def _group(row: Row, ablation: str) -> str:
     metric, draws = text(row["metric"]), int(number(row["draws"])) if text(row["draws"]) else 0
-    words = f"without {text(row['heads'])} ({ablation}) {metric} changes by {number(row['effect']):+.3f}"
+    words = f"without {text(row['heads'])} ({ablation}) {metric} changes by {figure(row['effect'], sign=True)}"
     words += f" {interval(row['ci_low'], row['ci_high'])}".rstrip()
     if draws and text(row["random_effect"]):
-        words += f", without as many random heads by {number(row['random_effect']):+.3f}"
+        words += f", without as many random heads by {figure(row['random_effect'], sign=True)}"
         words += f" {interval(row['random_low'], row['random_high'])}".rstrip()
         p = probability(row["p"])
         verdict = f"{text(row['verdict'])}, p = {p}" if p else f"no verdict below {VERDICT_DRAWS}"

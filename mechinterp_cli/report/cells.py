@@ -20,9 +20,12 @@ def text(value: object) -> str:
     return "" if missing(value) else str(value)
 
 
-def figure(value: object, digits: int = 3) -> str:
-    """A number with so many decimals; empty where there is none."""
-    return "" if missing(value) else f"{float(str(value)):.{digits}f}"
+def figure(value: object, digits: int = 3, *, sign: bool = False) -> str:
+    """A number with so many decimals; empty where there is none. What rounds to 0 has no minus."""
+    if missing(value):
+        return ""
+    rounded = round(float(str(value)), digits) + 0.0
+    return f"{rounded:+.{digits}f}" if sign else f"{rounded:.{digits}f}"
 
 
 def interval(low: object, high: object, digits: int = 3) -> str:
