@@ -18,6 +18,8 @@ from mechinterp_cli.models.anatomy import Anatomy
 from mechinterp_cli.tasks.draw import Draw
 from mechinterp_cli.tasks.prompts import PromptSet
 
+FEW_SETS = 10
+"""With fewer different sets than this a band says little."""
 Head = tuple[int, int]
 Design = Literal["single", "top", "random"]
 Means = Mapping[int, Float[Tensor, "heads d_value"]]
@@ -75,11 +77,7 @@ def lay_out(
         if len(grid) < len(options.k):
             warnings.append(f"causal: {score} is defined for {len(ranked)} heads; larger k are left out")
         sets = {k: random_sets(ranked[:k], anatomy, options.random, seed) for k in grid}
-        warnings += [
-            f"causal: no random heads beside the top {k} by {score}: a layer has too few others"
-            for k, drawn in sets.items()
-            if not drawn
-        ]
+        warnings += [told for k, drawn in sets.items() if (told := _too_few(score, k, drawn))]
         for ablation in options.values:
             if ablation == options.values[0]:
                 for head in ranked[: max(grid, default=0)]:
@@ -89,6 +87,17 @@ def lay_out(
                 for draw, heads in enumerate(sets[k]):
                     add(score, ablation, "random", k, heads, draw)
     return trials, warnings
+
+
+def _too_few(score: str, k: int, drawn: Sequence[tuple[Head, ...]]) -> str | None:
+    """What a reader must know of random sets where the layers have hardly any other heads."""
+    different = len(set(drawn))
+    if not drawn:
+        return f"causal: no random heads beside the top {k} by {score}: a layer has too few others"
+    if different < min(len(drawn), FEW_SETS):
+        sets = "set" if different == 1 else "sets"
+        return f"causal: only {different} different {sets} of random heads beside the top {k} by {score}"
+    return None
 
 
 def random_sets(chosen: Sequence[Head], anatomy: Anatomy, draws: int, seed: int) -> list[tuple[Head, ...]]:
