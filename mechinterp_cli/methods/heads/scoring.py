@@ -171,8 +171,8 @@ def _from_weights(
     results: list[HeadScores | Compositions] = [*found.by_weights.values(), *found.pairs.values()]
     for one in results:
         found.warnings += _undefined(one.score, one.reasons)
-    for name, pairs in found.pairs.items():
-        found.warnings += _undefined(f"{name} with earlier heads", pairs.unread)
+    for pairs in found.pairs.values():
+        found.warnings += _undefined(f"{pairs.score} with earlier heads", pairs.unread)
 
 
 def _direct(found: Scored, shared: Circuits, prompts: PromptSet, members: Sequence[int], layers: Sequence[int]) -> None:
