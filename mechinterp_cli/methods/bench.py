@@ -64,8 +64,21 @@ class Bench:
 
     def note(self, facts: dict[str, Any]) -> None:
         """Put something else that was proved of this model into the manifest."""
-        parts = list(self.run.manifest.engine.get("parts", []))
-        self.run.manifest.engine = {"parts": [*parts, {"checkpoint": self.moment.name, "job": None, **facts}]}
+        key = {"checkpoint": self.moment.name, "job": None}
+        known = next((part for part in self._noted if _is(part, key)), key)
+        self._put(key, {**known, **facts})
+
+    @property
+    def _noted(self) -> list[dict[str, Any]]:
+        """`engine.parts` of the manifest."""
+        parts: list[dict[str, Any]] = self.run.manifest.engine.setdefault("parts", [])
+        return parts
+
+    def _put(self, key: dict[str, Any], part: dict[str, Any]) -> None:
+        """Put a part into the manifest, in place of what a process before this one noted under its key."""
+        places = [place for place, other in enumerate(self._noted) if _is(other, key)]
+        place = places[0] if places else len(self._noted)
+        self._noted[place : place + 1] = [part]
 
     def sweep(self, job: Job) -> Swept:
         """Prove an executor on the job, plan it, and compute what is not saved yet.
@@ -75,19 +88,30 @@ class Bench:
             RunError: NaN, no memory for a single trial, a file that cannot be written, or the run is another's by now.
         """
         plan, executor, record = self._proved(job)
-        prefix = (f"{self.part:03d}-" if self.parts > 1 else "") + (f"{job.name}-" if job.name else "")
+        prefix = self._prefix(self.part) + (f"{job.name}-" if job.name else "")
         self.stage("sweeping")
-        swept = sweep(self.run, job, plan, executor, prefix=prefix, report=self._report, tick=self._ticker(plan))
+        report = self._reporter()
+        swept = sweep(self.run, job, plan, executor, prefix=prefix, report=report, tick=self._ticker(plan))
         self.tally.units += max(len(plan.units), len(swept.halved))
         if swept.halved:
             record["halved"] = [asdict(unit) for unit in swept.halved]
             self.warn("memory ran out and units were halved; the units that ran are in the manifest")
         return swept.values
 
-    def _report(self, done: int, units: int) -> None:
-        """Say on disk how far the run is; of jobs to come only those of the models that are left are known."""
-        left = (self.parts - self.part - 1) * units
-        self.run.units_done(self.tally.units + done, self.tally.units + units + left)
+    def _prefix(self, part: int) -> str:
+        """What the units of a model's jobs begin with."""
+        return f"{part:03d}-" if self.parts > 1 else ""
+
+    def _reporter(self) -> Callable[[int, int], None]:
+        """Says on disk how far the run is; of jobs to come only those of the models that are left are known."""
+        later = tuple(self._prefix(part) for part in range(self.part + 1, self.parts))
+        ahead = sum(unit.startswith(later) for unit in self.run.units.finished())
+
+        def report(done: int, units: int) -> None:
+            left = max(ahead, (self.parts - self.part - 1) * units)
+            self.run.units_done(self.tally.units + done + ahead, self.tally.units + units + left)
+
+        return report
 
     def _ticker(self, plan: Plan) -> Callable[[int, int], None]:
         layers = self.model.anatomy.n_layers
@@ -114,8 +138,7 @@ class Bench:
         )
         plan = usable or plan_of(self.engine, self.model, job, proof.executor)
         record: dict[str, Any] = {**key, "proof": asdict(proof), "plan": plan.to_json(), "halved": []}
-        parts = [part for part in self.run.manifest.engine.get("parts", []) if not _is(part, key)]
-        self.run.manifest.engine = {"parts": [*parts, record]}
+        self._put(key, record)
         self.run.save()
         for warning in _proof_warnings(self.model.source.dtype, proof):
             self.warn(warning)

@@ -10,11 +10,10 @@ import torch
 
 from mechinterp_cli.config.loader import LoadedConfig, load_config
 from mechinterp_cli.engine.determinism import deterministic
-from mechinterp_cli.errors import UserError
 from mechinterp_cli.methods import run as running
 from mechinterp_cli.methods.bench import Recorded
 from mechinterp_cli.report.view import read_outcome
-from mechinterp_cli.runs.changes import changes, version_changes
+from mechinterp_cli.runs.changes import changes, refuse_changes, version_changes
 from mechinterp_cli.runs.directory import find_run
 from mechinterp_cli.runs.lock import hold
 from mechinterp_cli.runs.manifest import Manifest
@@ -47,8 +46,8 @@ def resume_experiment(path: Path, *, progress: Progress, given: LoadedConfig | N
             told = read_outcome(path)
             return replace(told, notes=("this run is complete; nothing was computed", *told.notes))
         loaded = given or recorded_config(path)
-        _refuse(path, "config", changes(manifest.config, loaded.config.resolved()))
-        _refuse(path, "versions", version_changes(manifest))
+        refuse_changes(path, "config", changes(manifest.config, loaded.config.resolved()))
+        refuse_changes(path, "versions", version_changes(manifest))
         with deterministic(loaded.config.deterministic), _threads(manifest.hardware.get("threads")):
             prepared = running.prepare(loaded, progress)
             _refuse_other_inputs(path, manifest, prepared)
@@ -78,18 +77,8 @@ def _refuse_other_inputs(path: Path, manifest: Manifest, prepared: "running.Prep
     before, now = dict(manifest.model), running.describe_model(prepared)
     if "checkpoints" in now:  # those after the first are compared when they are loaded
         before["checkpoints"] = before.get("checkpoints", [])[:1]
-    _refuse(path, "model", changes(before, now))
-    _refuse(path, "task", changes(manifest.task, running.describe_task(prepared)))
-
-
-def _refuse(path: Path, what: str, found: list[str]) -> None:
-    if not found:
-        return
-    more = f" and {len(found) - 5} more" if len(found) > 5 else ""
-    raise UserError(
-        f"{path}: cannot be resumed, {what} changed since it began: {'; '.join(found[:5])}{more}",
-        "Put back what it began with, or run the experiment anew.",
-    )
+    refuse_changes(path, "model", changes(before, now))
+    refuse_changes(path, "task", changes(manifest.task, running.describe_task(prepared)))
 
 
 @contextmanager

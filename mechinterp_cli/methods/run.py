@@ -1,6 +1,6 @@
 """Running an experiment: from a checked config to a finished run directory."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from mechinterp_cli.models.anatomy import device_of
 from mechinterp_cli.models.checkpoints import Moment, check_same, moments_of
 from mechinterp_cli.models.load import load_model
 from mechinterp_cli.report.view import View, outcome, tables_needed, view_of
+from mechinterp_cli.runs.changes import changes, refuse_changes
 from mechinterp_cli.runs.outcome import Progress, RunOutcome, SilentProgress
 from mechinterp_cli.runs.recorder import RunRecorder, record
 from mechinterp_cli.runs.schema import PARQUET_ONLY, validate
@@ -94,17 +95,11 @@ def carry_out(run: RunRecorder, prepared: Prepared, progress: Progress, recorded
         ProofError: As `run_experiment`.
         RunError: As `run_experiment`.
     """
-    config = prepared.loaded.config
     prompts = _describe(run, prepared)
     tally, parts = Tally(), []
     try:
-        for part, experiment in enumerate(_experiments(run, prepared, progress)):
-            moment = prepared.moments[part]
-            count = len(prepared.moments)
-            bench = Bench(run, experiment.model, config.engine, moment, part, count, progress, tally, recorded)
-            tables = experiment.compute(bench)
-            method = config.method_name
-            parts.append({name: _stamped(validate(name, data, method), moment) for name, data in tables.items()})
+        for part in range(len(prepared.moments)):
+            parts.append(_compute(run, prepared, part, progress, tally, recorded))
         progress.stage("writing tables and pictures")
         view = _write(run, prepared, parts, prompts)
     except BaseException:
@@ -113,15 +108,29 @@ def carry_out(run: RunRecorder, prepared: Prepared, progress: Progress, recorded
     return outcome(run.path, run.manifest, view)
 
 
-def _experiments(run: RunRecorder, prepared: Prepared, progress: Progress) -> Iterator[Experiment]:
-    """The experiment on each model, one model in memory at a time but for the first."""
-    yield prepared.first
-    for place, moment in list(enumerate(prepared.moments))[1:]:
-        progress.stage(f"{moment.heading}loading {moment.options.id}")
-        model = load_model(moment.options)
-        check_same(place, moment, model, prepared.moments[0].name, prepared.first.model)
-        run.manifest.model["checkpoints"].append(_describe_moment(moment, asdict(model.source)))
-        yield experiment_of(replace(prepared.first.setting, model=model, moment=moment))
+def _compute(
+    run: RunRecorder, prepared: Prepared, part: int, progress: Progress, tally: Tally, recorded: Recorded
+) -> dict[str, pa.Table]:
+    """The tables of one of the run's models. But for the first, none stays in memory when they are there."""
+    config, moment = prepared.loaded.config, prepared.moments[part]
+    experiment = prepared.first if part == 0 else _later(run, prepared, part, progress)
+    count = len(prepared.moments)
+    bench = Bench(run, experiment.model, config.engine, moment, part, count, progress, tally, recorded)
+    tables = experiment.compute(bench)
+    return {name: _stamped(validate(name, data, config.method_name), moment) for name, data in tables.items()}
+
+
+def _later(run: RunRecorder, prepared: Prepared, part: int, progress: Progress) -> Experiment:
+    """The experiment on a checkpoint after the first; in a run that goes on, its weights must be what they were."""
+    moment = prepared.moments[part]
+    progress.stage(f"{moment.heading}loading {moment.options.id}")
+    model = load_model(moment.options)
+    check_same(part, moment, model, prepared.moments[0].name, prepared.first.model)
+    loaded, known = _describe_moment(moment, asdict(model.source)), run.manifest.model["checkpoints"]
+    if part < len(known):
+        refuse_changes(run.path, f"checkpoint {moment.name}", changes(known[part], loaded))
+    known[part : part + 1] = [loaded]
+    return experiment_of(replace(prepared.first.setting, model=model, moment=moment))
 
 
 def _describe_moment(moment: Moment, source: dict[str, Any]) -> dict[str, Any]:
@@ -143,12 +152,15 @@ def _describe(run: RunRecorder, prepared: Prepared) -> pa.Table:
     """Fill the manifest with model and task, and write the prompts."""
     experiment, config = prepared.first, prepared.loaded.config
     manifest = run.manifest
+    loaded = manifest.model.get("checkpoints", [])
     manifest.model = describe_model(prepared)
+    if loaded:  # by a process before this one: what is loaded again is compared with them
+        manifest.model["checkpoints"] += loaded[1:]
     manifest.task = describe_task(prepared)
     seeds = {"task": config.resolved()["task"].get("seed", 0), "stats": config.stats.seed}
     manifest.seeds = seeds | experiment.seeds()
     manifest.display = experiment.display()
-    manifest.engine = {"parts": []}
+    manifest.engine.setdefault("parts", [])
     manifest.hardware |= {"device": str(device_of(experiment.model.model)), "threads": torch.get_num_threads()}
     manifest.determinism = determinism_state(config.deterministic)
     if not config.deterministic:

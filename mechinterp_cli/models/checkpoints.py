@@ -10,6 +10,7 @@ from mechinterp_cli.config.model import ModelOptions
 from mechinterp_cli.errors import UserError
 from mechinterp_cli.models.anatomy import Anatomy
 from mechinterp_cli.models.loaded import LoadedModel
+from mechinterp_cli.models.zoo import find_entry
 
 _TOKENS_IN_NAME = re.compile(r"tokens([0-9]+)([KMBT])", re.IGNORECASE)
 _SCALES = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
@@ -37,13 +38,15 @@ def moments_of(options: ModelOptions) -> tuple[Moment, ...]:
     """The models that a `model:` section asks for, in the order of the config.
 
     A checkpoint is a folder, a folder within `model.id`, or a revision of it. `all` takes every shipped checkpoint
-    of toy-induction, or every folder within `model.id` that holds a model, by the last number in its name.
+    of toy-induction, or every folder within `model.id` that holds a model, by the tokens seen where all their names say
+    so, else by the last number in their names.
 
     Args:
         options: The section.
 
     Raises:
-        UserError: `all` finds none, or a revision is given too.
+        UserError: `all` finds none, a name is none of a model's that has no revisions, the config files say that they
+            are different models, or a revision is given too.
     """
     if options.checkpoints is None:
         return (Moment(None, None, options),)
@@ -52,7 +55,7 @@ def moments_of(options: ModelOptions) -> tuple[Moment, ...]:
     if options.id == "toy-induction":
         return _of_toy(options)
     names = _folders(options.id) if options.checkpoints == "all" else options.checkpoints
-    moments = tuple(_moment(name, options) for name in names)
+    moments = tuple(_moment(place, name, options) for place, name in enumerate(names))
     _compare_configs(moments)
     return moments
 
@@ -74,12 +77,18 @@ def _alone(options: ModelOptions, **changes: str) -> ModelOptions:
 
 
 def _folders(model: str) -> tuple[str, ...]:
-    root = Path(model).expanduser()
-    found = [path.name for path in root.iterdir() if (path / "config.json").is_file()] if root.is_dir() else []
+    found = _models_within(Path(model).expanduser())
     if not found:
         problem = f"model.checkpoints: all needs a local folder that holds folders of models, {model} is none"
         raise UserError(problem, "List the checkpoints: their folders, or revisions of the Hugging Face id.")
-    return tuple(sorted(found, key=lambda name: (_number(name), name)))
+    return found
+
+
+def _models_within(root: Path) -> tuple[str, ...]:
+    """Folders that hold a model, in the order of training."""
+    found = [path.name for path in root.iterdir() if (path / "config.json").is_file()] if root.is_dir() else []
+    counted = all(_TOKENS_IN_NAME.search(name) for name in found)
+    return tuple(sorted(found, key=lambda name: (_tokens_seen(name, None) if counted else _number(name), name)))
 
 
 def _number(name: str) -> int:
@@ -87,10 +96,18 @@ def _number(name: str) -> int:
     return int(match[1]) if match else -1
 
 
-def _moment(name: str, options: ModelOptions) -> Moment:
-    for folder in (Path(options.id).expanduser() / name, Path(name).expanduser()):
+def _moment(place: int, name: str, options: ModelOptions) -> Moment:
+    root = Path(options.id).expanduser()
+    for folder in (root / name, Path(name).expanduser()):
         if folder.is_dir():
             return Moment(name, _tokens_seen(name, folder), _alone(options, id=str(folder)))
+    if root.is_dir():
+        problem = f"model.checkpoints[{place}]: there is no folder {name}, neither in {options.id} nor by itself"
+        there = _models_within(root)
+        raise UserError(problem, f"{options.id} holds {', '.join(there) or 'no folders of models'}.")
+    if find_entry(options.id) is not None or root.suffix.lower() == ".gguf":
+        problem = f"model.checkpoints[{place}]: {name} is no folder, and {options.id} has no revisions"
+        raise UserError(problem, "Leave out model.checkpoints, or list folders of models.")
     return Moment(name, _tokens_seen(name, None), _alone(options, revision=name))
 
 

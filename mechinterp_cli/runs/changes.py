@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import mechinterp_cli
+from mechinterp_cli.errors import UserError
 from mechinterp_cli.runs import environment
 from mechinterp_cli.runs.manifest import Manifest, json_ready
 
@@ -35,6 +36,26 @@ def _text(value: Any) -> str:
         return "nothing"
     text = "null" if value is None else str(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def refuse_changes(path: Path, what: str, found: list[str]) -> None:
+    """Refuse to go on with a run where something is not what it was.
+
+    Args:
+        path: The run directory.
+        what: What was compared.
+        found: What `changes` gives.
+
+    Raises:
+        UserError: Something changed; names the first of it.
+    """
+    if not found:
+        return
+    more = f" and {len(found) - 5} more" if len(found) > 5 else ""
+    raise UserError(
+        f"{path}: cannot be resumed, {what} changed since it began: {'; '.join(found[:5])}{more}",
+        "Put back what it began with, or run the experiment anew.",
+    )
 
 
 def version_changes(manifest: Manifest) -> list[str]:
