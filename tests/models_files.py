@@ -3,11 +3,12 @@
 import hashlib
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from mechinterp_cli.models.quiet import quiet
 from mechinterp_cli.models.symbols import load_tokenizer
@@ -17,26 +18,27 @@ D_MODEL, HEADS, D_MLP, LAYERS = 32, 2, 64, 2
 WORDS = ["<s>", "</s>", *(chr(code) for code in range(ord("a"), ord("z") + 1)), "Ġ", "Ġa"]
 
 
-def tiny_llama() -> LlamaForCausalLM:
+def tiny_llama(**changes: Any) -> LlamaForCausalLM:
+    """A tiny random Llama; `changes` are of its config."""
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=65,
-        hidden_size=D_MODEL,
-        intermediate_size=D_MLP,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        num_key_value_heads=HEADS,
-        max_position_embeddings=32,
-        tie_word_embeddings=False,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    model = LlamaForCausalLM(config)
+    settings: dict[str, Any] = {
+        "vocab_size": 65,
+        "hidden_size": D_MODEL,
+        "intermediate_size": D_MLP,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": HEADS,
+        "max_position_embeddings": 32,
+        "tie_word_embeddings": False,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+    model = LlamaForCausalLM(LlamaConfig(**settings | changes))
     model.train(False)
     return model
 
 
-def write_folder(folder: Path, model: LlamaForCausalLM | None = None) -> Path:
+def write_folder(folder: Path, model: PreTrainedModel | None = None) -> Path:
     """A whole model folder."""
     with quiet():
         (model or tiny_llama()).save_pretrained(folder)

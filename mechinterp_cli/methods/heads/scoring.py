@@ -154,6 +154,8 @@ def _from_attention(
     at = list(members)
     for name in names:
         found.by_prompt[name] = PromptScores(name, values[name][at], chance[name][at])
+        if bool(chance[name][at].isnan().all()):
+            found.warnings.append(f"{name} is undefined: no scored prompt has a position that counts")
 
 
 def _from_weights(
