@@ -18,7 +18,7 @@ from mechinterp_cli.models.anatomy import Anatomy
 from mechinterp_cli.tasks.draw import Draw
 from mechinterp_cli.tasks.prompts import PromptSet
 
-FEW_SETS = 10
+FEW_SETS = 5
 """With fewer different sets than this a band says little."""
 Head = tuple[int, int]
 Design = Literal["single", "top", "random"]

@@ -12,10 +12,13 @@ from mechinterp_cli.methods.heads.options import METRICS
 from mechinterp_cli.methods.heads.scoring import Scored, ShownPattern
 from mechinterp_cli.models.anatomy import Anatomy
 from mechinterp_cli.stats import choose_units, draw_weights, ratio_intervals
+from mechinterp_cli.stats.intervals import IntervalMethod
 from mechinterp_cli.tasks.prompts import PromptSet
 
 Floats = npt.NDArray[np.float64]
 Row = dict[str, Any]
+INTERVAL: IntervalMethod = "bca"
+"""Of scores, whatever the config says of effects: scores are bounded, and so are the ends of this interval."""
 
 
 def kv_head(anatomy: Anatomy, layer: int, head: int) -> int:
@@ -104,7 +107,7 @@ def _from_prompts(
     units = choose_units(labels)
     weights = draw_weights(units, draws=stats.bootstrap, seed=stats.seed)
     ones = units.sums(np.ones((1, len(labels))))[0]
-    ends = ratio_intervals(units.sums(chosen), ones, units, weights, levels=(stats.ci,), method=stats.interval)
+    ends = ratio_intervals(units.sums(chosen), ones, units, weights, levels=(stats.ci,), method=INTERVAL)
     suffix = ", conditional on these templates" if units.conditional else ""
     for i, place in enumerate(places):
         value = float("nan") if broken[i] else float(chosen[i].mean())
@@ -113,7 +116,7 @@ def _from_prompts(
         yield _one(name, *place, value, chance) | {
             "ci_low": low if known else None,
             "ci_high": high if known else None,
-            "ci_method": stats.interval + suffix if known else "undefined",
+            "ci_method": INTERVAL + suffix if known else "undefined",
             "n": len(labels),
             "clusters": units.clusters,
         }
