@@ -94,7 +94,8 @@ class HeadsExperiment(Experiment):
             written["sequences"] = sequences
         if found.pairs:
             written["compositions"] = tables.composition_rows(found, self.scores)
-        shown = {name: strongest(found.mean(name), self.options.show) for name in self.scores if name in ATTENTION}
+        drawn_scores = [name for name in self.scores if name in (*ATTENTION, "direct_effect")]
+        shown = {name: strongest(found.mean(name), self.options.show) for name in drawn_scores}
         if any(shown.values()):
             drawn = shown_patterns(self.model, self.prompts, self._shortest(), shown, self._budget)
             written["patterns"] = tables.pattern_rows(drawn)

@@ -9,7 +9,7 @@ from mechinterp_cli.config.base import BaseConfig, MethodOptions
 from mechinterp_cli.config.types import Count, Index, Number, Seed, unique
 from mechinterp_cli.methods.heads.attention import AttentionScoreName
 from mechinterp_cli.methods.heads.weights import WeightScoreName
-from mechinterp_cli.runs.schema import column, register_columns
+from mechinterp_cli.runs.schema import Standing, column, register_columns, register_standing
 
 Ablation = Literal["zero", "mean"]
 ScoreName = Literal[AttentionScoreName, WeightScoreName, Literal["direct_effect"]]
@@ -55,7 +55,8 @@ class HeadsOptions(MethodOptions):
     tokens: Annotated[int, Field(strict=True, ge=2)] = 1000
     """Ordinary tokens, a seeded sample, that stand for the vocabulary in copying and its eigenvalues."""
     show: Index = 4
-    """So many of the strongest heads of each score of attention are drawn, on the shortest prompt; 0 draws none."""
+    """So many of the strongest heads of each score of attention, and of direct_effect, are drawn, on the shortest prompt;
+    0 draws none."""
     seed: Seed = 0
     """Of the sample of tokens and of the random heads."""
     causal: CausalOptions | None = None
@@ -127,6 +128,7 @@ def _register() -> None:
     register_columns("heads", "trials", [column("draw", pa.int32())])
     register_columns("heads", "results", [item for item in _DESIGN if item.name != "draw"])
     register_columns("heads", "summary", _DESIGN)
+    register_standing("heads", Standing("scores", metric="score", site="head", label="head {layer}.{head}"))
 
 
 _register()
