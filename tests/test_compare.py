@@ -58,7 +58,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
     def give(name: str) -> Path:
         if name not in made:
-            made[name] = run_patch(tmp_path_factory.mktemp("run"), **RUNS[name]).path
+            others = dict(RUNS[name])
+            made[name] = run_patch(tmp_path_factory.mktemp("run"), others.pop("method"), **others).path
         return made[name]
 
     return give

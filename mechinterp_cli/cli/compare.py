@@ -13,7 +13,7 @@ B = Annotated[Path, typer.Argument(metavar="B", help="Another one.", show_defaul
 Metric = Annotated[list[str] | None, typer.Option("--metric", metavar="NAME", help="This metric only. Repeatable.")]
 Column = Annotated[
     Literal["value", "effect", "normalized"] | None,
-    typer.Option("--column", help="What is compared; normalized where both runs have it, else effect."),
+    typer.Option("--column", help="What is compared; normalized where both runs have it, else effect, or value."),
 ]
 Top = Annotated[int, typer.Option("--top", min=1, metavar="K", help="Overlap of the K largest magnitudes.")]
 Floor = Annotated[
@@ -42,7 +42,8 @@ def compare(
 ) -> None:
     """Compare two runs, row by row, for each metric and kind of site.
 
-    Trials are joined by place and metric; all prompts and the main aggregate count. Rows that are 0 in both because
+    Trials are joined by place and metric; all prompts and the main aggregate count. Of heads runs the scores are
+    compared. With checkpoints each is compared with the one of the same name. Rows that are 0 in both because
     causality says so (trivial) are counted apart: no mean, correlation, overlap or share of signs includes them.
     What is not defined (a correlation of two rows) is empty and explained.
 
@@ -50,10 +51,12 @@ def compare(
 
     Example: mechinterp compare runs/A runs/B --metric logit_diff --out comparison --fail-above 0.05
     """
+    from mechinterp_cli.cli.registry import register_all
     from mechinterp_cli.runs import compare as runs
     from mechinterp_cli.runs.sides import differing, read_side
 
     console = Console.choose(quiet=quiet, as_json=as_json)
+    register_all()  # a method says which of its tables is compared
     sides = read_side(a), read_side(b)
     for change in differing(*sides):
         console.say(f"not the same (A -> B): {change}")
@@ -70,12 +73,17 @@ def compare(
 def _tell(console: Console, found: Any) -> None:
     rows = found.agreement
     console.listing(rows if console.as_json else [_short(row) for row in rows])
-    for row in rows:
-        if row["undefined"]:
-            console.say(f"undefined for {row['metric']}, {row['site']}: {row['undefined']}")
+    for reason in dict.fromkeys(row["undefined"] for row in rows if row["undefined"]):
+        places = [_place(row) for row in rows if row["undefined"] == reason]
+        more = f" and {len(places) - 3} more" if len(places) > 3 else ""
+        console.say(f"undefined for {'; '.join(places[:3])}{more}: {reason}")
     worst = found.worst()
     console.say("the rows that differ most:" if worst else "no row differs")
     console.table(worst)
+
+
+def _place(row: dict[str, Any]) -> str:
+    return ", ".join(str(row[name]) for name in ("checkpoint", "metric", "site") if name in row)
 
 
 def _short(row: dict[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import altair as alt
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 
 from mechinterp_cli.report.labels import show_text
 from mechinterp_cli.runs.compare import Comparison
@@ -30,7 +31,7 @@ class ScatterPanel:
     column: str
     """What the axes are: `normalized`, `effect` or `value`."""
     sites: npt.NDArray[np.object_]
-    """`[points]`, the kind of site."""
+    """`[points]`, the kind of site, or the checkpoint: what colours tell apart."""
     a: npt.NDArray[np.float64]
     b: npt.NDArray[np.float64]
 
@@ -51,7 +52,7 @@ class Scatter:
     lines: tuple[str, ...]
     """What stands below the title."""
     kinds: tuple[str, ...]
-    """Kinds of sites in the order of their colours."""
+    """Kinds of sites (or checkpoints) in the order of their colours."""
     panels: tuple[ScatterPanel, ...]
 
 
@@ -63,6 +64,7 @@ def build_scatter(comparison: Comparison) -> Scatter:
     """
     rows = comparison.rows[comparison.rows["state"].isin(["compared", "trivial"])]
     metrics = list(dict.fromkeys(rows["metric"]))
+    kind = _coloured_by(rows)
     lines = [f"A: {_about(comparison.a)}", f"B: {_about(comparison.b)}"]
     panels = []
     for metric in metrics[:MAX_PANELS]:
@@ -73,17 +75,25 @@ def build_scatter(comparison: Comparison) -> Scatter:
         # Ascending, so that the largest are on top.
         shown = part.iloc[np.argsort(sizes, kind="stable")[-MAX_POINTS:]]
         a, b = shown["a"].to_numpy(), shown["b"].to_numpy()
-        sites = shown["site"].to_numpy(dtype=object)
+        sites = shown[kind].to_numpy(dtype=object)
         panels.append(ScatterPanel(title=metric, column=str(part["column"].iloc[0]), sites=sites, a=a, b=b))
-    if len(metrics) > MAX_PANELS:
-        lines.append(f"{len(metrics) - MAX_PANELS} more metrics are in the table alone")
-    kinds = tuple(dict.fromkeys(rows["site"]))
+    if left := len(metrics[MAX_PANELS:]):
+        lines.append(f"{left} more {'metric is' if left == 1 else 'metrics are'} in the table alone")
+    kinds = tuple(dict.fromkeys(rows[kind]))
     return Scatter(title="A against B", lines=tuple(lines), kinds=kinds, panels=tuple(panels))
+
+
+def _coloured_by(rows: pd.DataFrame) -> str:
+    """Kinds of sites; where there is one alone, checkpoints are more to be told."""
+    along = "checkpoint" in rows and rows["checkpoint"].notna().all() and rows["checkpoint"].nunique() > 1
+    return "checkpoint" if along and rows["site"].nunique() == 1 else "site"
 
 
 def _about(side: Side) -> str:
     model = side.manifest.model
-    words = [side.path.resolve().name, model.get("id"), model.get("revision"), model.get("dtype")]
+    several = model.get("checkpoints")
+    moment = f"{len(several)} checkpoints" if several else model.get("revision")
+    words = [side.path.resolve().name, model.get("id"), moment, model.get("dtype")]
     words += [side.section.get("direction"), side.section.get("source")]
     return ", ".join(str(word) for word in words if word is not None)
 

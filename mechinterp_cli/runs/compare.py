@@ -1,7 +1,8 @@
-"""Two finished runs, row by row: what both summaries have in common, and how far it agrees.
+"""Two finished runs, row by row: what both have in common, and how far it agrees.
 
 Rows are joined by what a trial is (site, layer, head, position, ..., metric), null being equal to null. Compared is
-what stands for all prompts, under the main aggregate: the ratio of means, or the mean where nothing normalises.
+what stands for all prompts, under the main aggregate: the ratio of means, or the mean where nothing normalises; of
+methods whose runs another table stands for (`heads`: the scores), that table's values.
 
 Trivial rows (0 in both, because causality says so) are counted and nothing more: hundreds of exact zeros on top of
 each other would make any two sweeps look alike. So they are in no mean, correlation, overlap or sign share.
@@ -24,7 +25,7 @@ from mechinterp_cli.runs.sides import NEEDED, Side
 from mechinterp_cli.runs.tables import write_csv, write_parquet
 from mechinterp_cli.stats.agreement import agree
 
-KEYS = ("metric", "site", "layer", "head", "kv_head", "neuron", "position", "span", "template")
+KEYS = ("checkpoint", "metric", "site", "layer", "head", "kv_head", "neuron", "position", "span", "template")
 """What makes a row of one run and a row of another the same."""
 Column = Literal["value", "effect", "normalized"]
 Floats = npt.NDArray[np.float64]
@@ -37,7 +38,8 @@ class CompareOptions:
     metrics: tuple[str, ...] = ()
     """All where empty."""
     column: Column | None = None
-    """`normalized` where both runs have it and else `effect`, metric by metric, where None."""
+    """Metric by metric, where None: `normalized` where both runs have it, else `effect`, or `value` where there is no
+    effect."""
     top: int = 10
     """How many of the largest magnitudes are looked up in the other run."""
     floor: float | None = None
@@ -56,7 +58,7 @@ class Comparison:
     `status_a`, `status_b`, and `state`: `compared`, `trivial`, `no_number` (null or NaN in A or B), `only_a`,
     `only_b`."""
     agreement: list[dict[str, Any]]
-    """A row per metric and kind of site."""
+    """A row per metric and kind of site, of each checkpoint that both runs have where there are several."""
 
     def ranked(self) -> pd.DataFrame:
         """The rows that are not the same, worst first: without a number in one run alone, then by |difference|."""
@@ -73,10 +75,13 @@ class Comparison:
         ]
 
     def where(self, row: Any) -> str:
-        """A row's place in words; with its template where there are several."""
-        several = "template" in self.rows and self.rows["template"].nunique() > 1
-        template = row["template"] if several else None
-        return str(row["label"]) if pd.isna(template) else f"{row['label']}, template {template}"
+        """A row's place in words; with its template and its checkpoint where there are several."""
+        several = [name for name in ("template", "checkpoint") if self._several(name)]
+        more = [f"{name} {row[name]}" for name in several if not pd.isna(row[name])]
+        return ", ".join([str(row["label"]), *more])
+
+    def _several(self, name: str) -> bool:
+        return name in self.rows and self.rows[name].nunique() > 1
 
     def check(self, limit: float) -> None:
         """Refuse differences above a limit, and rows that have a number in one run alone.
@@ -163,7 +168,7 @@ def _nothing_common(left: pd.DataFrame, right: pd.DataFrame) -> UserError:
     first = [_first_key(frame) for frame in (left, right)]
     return UserError(
         f"the runs have no row in common: A begins with {first[0]}, B with {first[1]}",
-        "Compare runs of the same sites, positions (or spans), templates and metrics.",
+        "Compare runs of the same sites, positions (or spans), templates, metrics and checkpoints.",
     )
 
 
@@ -198,12 +203,26 @@ def _columns(joined: pd.DataFrame, wanted: Column | None) -> dict[str, str]:
     found: dict[str, str] = {}
     for metric in joined["metric"].unique():
         rows = both[both["metric"] == metric]
-        lacking = [side for side in "ab" if not rows[f"normalized_{side}"].notna().any()]
-        if wanted == "normalized" and lacking and len(rows):
-            names = " and ".join(lacking).upper()
-            raise UserError(f"--column normalized: {names} has no normalised {metric}", "Use --column effect.")
-        found[metric] = wanted or ("effect" if lacking else "normalized")
+        if wanted is None:
+            found[metric] = _best_column(rows if len(rows) else joined[joined["metric"] == metric])
+            continue
+        lacking = _lacking(rows, wanted)
+        if wanted != "value" and lacking and len(rows):
+            names = " and ".join(side.upper() for side in lacking) + (" has" if len(lacking) == 1 else " have")
+            what, other = {"normalized": ("normalised", "effect"), "effect": ("effect of", "value")}[wanted]
+            raise UserError(f"--column {wanted}: {names} no {what} {metric}", f"Use --column {other}.")
+        found[metric] = wanted
     return found
+
+
+def _lacking(rows: pd.DataFrame, column: str) -> list[str]:
+    return [side for side in "ab" if not rows[f"{column}_{side}"].notna().any()]
+
+
+def _best_column(rows: pd.DataFrame) -> Column:
+    if not _lacking(rows, "normalized"):
+        return "normalized"
+    return "value" if len(_lacking(rows, "effect")) == 2 and len(_lacking(rows, "value")) < 2 else "effect"
 
 
 def _chosen(joined: pd.DataFrame, columns: pd.Series, side: str) -> Floats:
@@ -241,8 +260,14 @@ def _smallest_effect(a: Side, b: Side) -> float:
 
 
 def _agreement(rows: pd.DataFrame, options: CompareOptions, smallest: float) -> Iterator[dict[str, Any]]:
-    """A row per metric and kind of site, in the order of the runs."""
-    for (metric, site), part in rows.groupby(["metric", "site"], sort=False, dropna=False):
+    """A row per metric and kind of site, in the order of the runs; of each checkpoint that both runs have."""
+    along = "checkpoint" in rows and bool(rows["checkpoint"].notna().any())
+    names = ["checkpoint", "metric", "site"] if along else ["metric", "site"]
+    if along:
+        shared = rows["checkpoint"][~rows["state"].isin(["only_a", "only_b"])]
+        rows = rows[rows["checkpoint"].isin(shared)]
+    for place, part in rows.groupby(names, sort=False, dropna=False):
+        *checkpoint, metric, site = place
         column = str(part["column"].iloc[0])
         floor = options.floor if options.floor is not None else smallest if column == "normalized" else 0.0
         states = part["state"].value_counts()
@@ -251,6 +276,7 @@ def _agreement(rows: pd.DataFrame, options: CompareOptions, smallest: float) -> 
         sizes = part["difference"].abs().to_numpy()
         largest = None if np.isnan(sizes).all() else part.iloc[int(np.nanargmax(sizes))]
         yield {
+            **({"checkpoint": checkpoint[0]} if along else {}),
             "metric": metric,
             "site": site,
             "column": column,
@@ -314,5 +340,5 @@ def _agreement_table(rows: Sequence[dict[str, Any]]) -> pa.Table:
     return pa.Table.from_pylist(rows, pa.schema([(name, kinds.get(name, pa.float64())) for name in rows[0]]))
 
 
-_TEXTS = ("metric", "site", "column", "max_at", "undefined")
+_TEXTS = ("checkpoint", "metric", "site", "column", "max_at", "undefined")
 _COUNTS = ("common", "only_a", "only_b", "trivial", "no_number", "compared", "top", "sign_rows")

@@ -4,6 +4,7 @@ A method adds its own columns with `register_columns`, beside the code that fill
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -152,6 +153,22 @@ PARQUET_ONLY = frozenset({"trials", "baselines", "prompts", "patterns"})
 
 _extensions: dict[tuple[str, str], list[pa.Field]] = {}
 
+
+@dataclass(frozen=True)
+class Standing:
+    """A table that stands for a method's runs where two are compared, in place of `summary`."""
+
+    table: str
+    metric: str
+    """The column that says what was measured; `value` holds the number."""
+    site: str
+    """What kind of place every row is of."""
+    label: str
+    """The place in words, a format of the row's columns: `head {layer}.{head}`."""
+
+
+_standing: dict[str, Standing] = {}
+
 STATUSES = ("ok", "trivial", "undefined", "nan")
 """What `results.status` may be: computed; known to be 0 and not computed; no normalised value; NaN in the model."""
 
@@ -178,6 +195,28 @@ def register_columns(method: str, table: str, columns: Iterable[pa.Field], keys:
     _extensions[method, table] = added
     if table not in _COLUMNS:
         _KEYS[table] = ("checkpoint", *keys)
+
+
+def register_standing(method: str, standing: Standing) -> None:
+    """Say which table stands for a method's runs; its columns are registered before.
+
+    Args:
+        method: The subcommand.
+        standing: The table, and how its columns are read. It has a column `status`.
+
+    Raises:
+        ValueError: The table has no keys, or its columns are not those that are named.
+    """
+    schema = table_schema(standing.table, method)
+    lacking = [name for name in (standing.metric, "value", "status") if name not in schema.names]
+    if lacking or standing.metric not in table_keys(standing.table):
+        raise ValueError(f"{standing.table}: lacks {', '.join(lacking) or f'the key {standing.metric}'}")
+    _standing[method] = standing
+
+
+def standing_of(method: str) -> Standing | None:
+    """The table that stands for a method's runs; None where it is `summary`."""
+    return _standing.get(method)
 
 
 def table_keys(table: str) -> tuple[str, ...]:

@@ -1,20 +1,23 @@
 """The two sides of a comparison: finished runs, and how the conditions differ under which they were made."""
 
+from collections.abc import Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyarrow as pa
 
 from mechinterp_cli.errors import RunError, UserError
 from mechinterp_cli.runs.changes import changes
 from mechinterp_cli.runs.manifest import Manifest
 from mechinterp_cli.runs.reading import is_run, read_run
+from mechinterp_cli.runs.schema import Standing, standing_of, table_keys
 from mechinterp_cli.runs.tables import read_parquet, to_frame
 from mechinterp_cli.stats.summary import ALL_GROUPS
 
 NEEDED = ("trial", "label", "group", "aggregate", "value", "effect", "normalized", "status", "metric", "site")
-"""Columns that every summary has."""
+"""Columns that every summary has, and that every other table is given."""
 _REMEDIES = {
     "running": "Wait until it is complete.",
     "interrupted": "`mechinterp resume` finishes it.",
@@ -30,7 +33,8 @@ class Side:
     path: Path
     manifest: Manifest
     rows: pd.DataFrame
-    """The summary's rows of all prompts and the main aggregate."""
+    """The summary's rows of all prompts and the main aggregate; those of another table in the summary's form, where
+    another one stands for the method's runs (`runs.schema.register_standing`)."""
 
     @property
     def section(self) -> dict[str, Any]:
@@ -45,7 +49,7 @@ def read_side(path: Path) -> Side:
         path: A run directory.
 
     Raises:
-        UserError: It is none, it is not complete, or its method leaves no summary.
+        UserError: It is none, it is not complete, or it left no table to be compared.
         RunError: A file is damaged.
     """
     if not is_run(path):
@@ -53,25 +57,38 @@ def read_side(path: Path) -> Side:
     manifest, condition = read_run(path)
     if condition != "complete":
         raise UserError(f"{path}: the run is {condition}; only complete runs are compared", _REMEDIES[condition])
-    summary = path / "summary.parquet"
-    if summary.name not in manifest.outputs:
-        problem = f"{path}: the run has no {summary.name}"
+    standing = standing_of(manifest.subcommand)
+    file = path / f"{standing.table if standing else 'summary'}.parquet"
+    if file.name not in manifest.outputs:
+        problem = f"{path}: the run has no {file.name}"
         raise UserError(problem, "Run it again with `output.formats: auto`.")
-    frame = to_frame(read_parquet(summary))
-    missing = [name for name in NEEDED if name not in frame]
+    frame = to_frame(read_parquet(file))
+    wanted = NEEDED if standing is None else (*table_keys(standing.table), "value", "status")
+    missing = [name for name in wanted if name not in frame]
     if missing:
-        raise RunError(f"{summary}: columns missing: {', '.join(missing)}", "`mechinterp verify` checks a run.")
-    return Side(path, manifest, _main_rows(frame))
+        raise RunError(f"{file}: columns missing: {', '.join(missing)}", "`mechinterp verify` checks a run.")
+    return Side(path, manifest, _main_rows(frame) if standing is None else _standing_rows(frame, standing))
 
 
 def differing(a: Side, b: Side) -> list[str]:
     """What was not the same in the two runs, but for the list of sites: `model.dtype: float32 -> bfloat16`."""
-    return changes(_conditions(a), _conditions(b))
+    shared = {*_checkpoints(a)} & {*_checkpoints(b)}
+    return changes(_conditions(a, shared), _conditions(b, shared))
 
 
-def _conditions(side: Side) -> dict[str, Any]:
+def _checkpoints(side: Side) -> dict[str, Any]:
+    """Checkpoint to the hashes of its weights; empty for a run on one model."""
+    return {part["checkpoint"]: part.get("weight_files") for part in side.manifest.model.get("checkpoints") or []}
+
+
+def _conditions(side: Side, shared: Set[str]) -> dict[str, Any]:
+    """Under which a run was made; of its checkpoints, the weights of those that both runs have."""
     manifest = side.manifest
-    model = {name: manifest.model.get(name) for name in ("id", "revision", "dtype", "device", "weight_files")}
+    names = ("id", "revision", "dtype", "device", "weight_files")
+    model = {name: manifest.model.get(name) for name in names}
+    if several := _checkpoints(side):  # then the model's own entries are those of the first
+        files = {name: several[name] for name in several if name in shared}
+        model |= {"revision": None, "weight_files": files, "checkpoints": list(several)}
     task = {name: manifest.task.get(name) for name in ("name", "prompts", "sha256")}
     section = {name: value for name, value in side.section.items() if name != "sites"}
     versions = {"mechinterp": manifest.mechinterp_version, **manifest.versions}
@@ -83,3 +100,21 @@ def _main_rows(frame: pd.DataFrame) -> pd.DataFrame:
     normalised = set(rows["metric"][rows["aggregate"] == "ratio_of_means"])
     main = rows["metric"].map(lambda metric: "ratio_of_means" if metric in normalised else "mean")
     return rows[rows["aggregate"] == main].reset_index(drop=True)
+
+
+def _standing_rows(frame: pd.DataFrame, standing: Standing) -> pd.DataFrame:
+    """The table's keys and values under the summary's names; nothing is an effect, and nothing normalises."""
+    keys = [name for name in table_keys(standing.table) if name != standing.metric]
+    labels = [standing.label.format_map(row) for row in frame[keys].to_dict("records")]
+    text, number = pd.ArrowDtype(pa.string()), pd.ArrowDtype(pa.float64())
+    none = pd.Series(pd.NA, index=frame.index, dtype=number)
+    return frame[[*keys, "value", "status"]].assign(
+        metric=frame[standing.metric],
+        site=standing.site,
+        label=pd.Series(labels, index=frame.index, dtype=text),
+        trial=range(len(frame)),
+        group=ALL_GROUPS,
+        aggregate="mean",
+        effect=none,
+        normalized=none,
+    )
