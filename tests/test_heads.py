@@ -342,7 +342,7 @@ def test_layers_without_softmax_attention_are_left_out_and_said(tmp_path: Path, 
     chosen = ("--set", f"model.id={folder}", "--set", "heads.causal=null", "--set", "heads.scores=[first_token]")
     code, out, err = call("heads", "experiment.yaml", *chosen)
     assert code == 0
-    assert "layers without softmax attention are left out: 0, 2 (" in err
+    assert "layers without attention patterns are left out: 0, 2 (" in err
     scores = Run(Path(out.strip()), None).table("scores")  # type: ignore[arg-type]  # its tables are enough
     assert set(scores["layer"]) == {1}
     code, out, err = call("heads", "experiment.yaml", *chosen, "--set", "heads.layers=[1, 2]")

@@ -4,7 +4,7 @@ pydantic's ordinary `int` accepts `"3"`, `3.0` and `true`; these do not.
 """
 
 import re
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 from pydantic import AfterValidator, Field
 
@@ -55,13 +55,16 @@ Slug = Annotated[str, Field(strict=True), AfterValidator(check_slug)]
 """A name that may become part of a folder's name."""
 
 
-def unique(names: tuple[str, ...]) -> tuple[str, ...]:
-    """Accept a list of names none of which stands there twice.
+Listed = TypeVar("Listed", str, int)
+
+
+def unique(names: tuple[Listed, ...]) -> tuple[Listed, ...]:
+    """Accept a list of names or numbers none of which stands there twice.
 
     Raises:
         ValueError: Names those that do.
     """
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise ValueError(f"listed twice: {', '.join(twice)}")
+        raise ValueError(f"listed twice: {', '.join(map(str, twice))}")
     return names

@@ -201,7 +201,7 @@ def prepare(options: HeadsOptions, setting: Setting) -> HeadsExperiment:
     if loaded.config.resolved()["task"].get("keep") == "correct":
         raise UserError("task.keep: correct has no meaning for heads, which scores all prompts", "Leave the key out.")
     scores = _scores(loaded, options, prompts)
-    layers = _layers(setting, options)
+    layers = _layers(setting, options, scores)
     scored, ablated = _split(loaded, options, prompts)
     if setting.compute and set(scores) & set(ATTENTION):
         longest = max(scored, key=lambda i: prompts.prompts[i].length)
@@ -220,11 +220,14 @@ def _scores(loaded: LoadedConfig, options: HeadsOptions, prompts: PromptSet) -> 
         scores: tuple[str, ...] = (*[n for n, s in ATTENTION_SCORES.items() if spans or not s.needs_spans], "copying")
     else:
         scores = options.scores
-    for place, name in enumerate(scores):
-        if name in ATTENTION_SCORES and ATTENTION_SCORES[name].needs_spans and not spans:
-            problem = f"{name} needs a block of tokens and its repetition, task {prompts.task} has none"
-            raise loaded.error(("heads", "scores", place), problem, "Use task: repeats, or the score prefix_matching.")
-    for place, name in enumerate(options.causal.scores if options.causal else ()):
+    proved = options.causal.scores if options.causal else ()
+    for path, names in ((("heads", "scores"), scores), (("heads", "causal", "scores"), proved)):
+        for place, name in enumerate(names):
+            if name in ATTENTION_SCORES and ATTENTION_SCORES[name].needs_spans and not spans:
+                problem = f"{name} needs a block of tokens and its repetition, task {prompts.task} has none"
+                remedy = "Use the task repeats, or the score prefix_matching."
+                raise loaded.error((*path, place), problem, remedy)
+    for place, name in enumerate(proved):
         if name not in scores:
             problem = f"{name} is not among heads.scores"
             remedy = f"Add it there, or choose from {', '.join(scores)}."
@@ -232,25 +235,32 @@ def _scores(loaded: LoadedConfig, options: HeadsOptions, prompts: PromptSet) -> 
     return scores
 
 
-def _layers(setting: Setting, options: HeadsOptions) -> tuple[int, ...]:
+def _layers(setting: Setting, options: HeadsOptions, scores: Sequence[str]) -> tuple[int, ...]:
+    """Whose heads are scored: of layers with heads, and with attention patterns where a score reads them."""
     loaded, anatomy = setting.loaded, setting.model.anatomy
-    have = [layer.index for layer in anatomy.layers if "pattern" not in layer.missing]
+    reads = bool(set(scores) & set(ATTENTION))
+    lacking = {
+        layer.index: layer.missing["pattern"]
+        for layer in anatomy.layers
+        if "pattern" in layer.missing and (reads or layer.heads is None)
+    }
+    have = [layer.index for layer in anatomy.layers if layer.index not in lacking]
     if not have:
-        reason = anatomy.layers[-1].missing["pattern"]
-        raise loaded.error(("heads",), f"no layer has softmax attention: {reason}", "Use another model.")
+        problem = f"no layer has an attention pattern: {lacking[anatomy.n_layers - 1]}"
+        weights = ", or scores of weights alone: scores: [copying]" if any(x.heads for x in anatomy.layers) else ""
+        raise loaded.error(("heads",), problem, f"Use another model{weights}.")
     if options.layers == "all":
-        if without := [layer.index for layer in anatomy.layers if layer.index not in have]:
-            named = ", ".join(map(str, without))
-            reason = anatomy.layers[without[0]].missing["pattern"]
-            setting.progress.message(f"layers without softmax attention are left out: {named} ({reason})")
+        if lacking:
+            named, reason = ", ".join(map(str, lacking)), next(iter(lacking.values()))
+            setting.progress.message(f"layers without attention patterns are left out: {named} ({reason})")
         return tuple(have)
     for place, layer in enumerate(options.layers):
         path = ("heads", "layers", place)
         if layer >= anatomy.n_layers:
             remedy = f"{loaded.config.model.id} has {anatomy.n_layers} layers, counted from 0."
             raise loaded.error(path, f"{layer} is outside 0..{anatomy.n_layers - 1}", remedy)
-        if layer not in have:
-            problem = f"layer {layer} has no attention pattern: {anatomy.layers[layer].missing['pattern']}"
+        if layer in lacking:
+            problem = f"layer {layer} has no attention pattern: {lacking[layer]}"
             raise loaded.error(path, problem, f"Layers that have one: {', '.join(map(str, have))}.")
     return tuple(sorted(options.layers))
 
@@ -267,7 +277,7 @@ def _split(loaded: LoadedConfig, options: HeadsOptions, prompts: PromptSet) -> t
             f"{options.causal.prompts} prompts are asked for, and {len(fit)} of {len(everyone)} have both a repeated "
             "pair of tokens and tokens that occur for the first time"
         )
-        raise loaded.error(path, problem, "Lower it, raise task.n, or use task: repeats.")
+        raise loaded.error(path, problem, "Lower it, raise task.n, or use the task repeats.")
     ablated = fit[-options.causal.prompts :]
     scored = [i for i in everyone if i not in set(ablated)]
     if not scored:

@@ -51,7 +51,7 @@ class HeadsOptions(MethodOptions):
     scores: Scores | None = None
     """What is measured of every head; null: all scores of attention that the task's prompts allow, and copying."""
     layers: Literal["all"] | Annotated[tuple[Index, ...], Field(min_length=1), AfterValidator(unique)] = "all"
-    """Whose heads; `all` leaves out layers without softmax attention, and says so."""
+    """Whose heads; `all` leaves out layers that have no attention pattern (another kind of layer), and says so."""
     tokens: Annotated[int, Field(strict=True, ge=2)] = 1000
     """Ordinary tokens, a seeded sample, that stand for the vocabulary in copying and its eigenvalues."""
     show: Index = 4
