@@ -13,6 +13,7 @@ import typer
 import yaml
 from typer.exceptions import TyperException
 
+import mechinterp_cli.cli.heads as heads_command
 import mechinterp_cli.cli.patch as patch_command
 from mechinterp_cli.cli.main import app, main
 from mechinterp_cli.cli.registry import register_all
@@ -20,6 +21,7 @@ from mechinterp_cli.config.loader import LoadedConfig, load_config
 from mechinterp_cli.models import zoo
 from mechinterp_cli.runs.atomic import file_info
 from mechinterp_cli.runs.manifest import Manifest
+from mechinterp_cli.runs.schema import PARQUET_ONLY
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -27,6 +29,8 @@ DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs
 DOCUMENTS += [ROOT / "benchmarks" / "README.md", ROOT / "runs" / "README.md"]
 QUICK = ["--set", "stats.bootstrap=100", "--set", "stats.flips=99"]
 TABLES = {"prompts.parquet", "trials.parquet", "baselines.parquet", "results.parquet", "summary.parquet"}
+SCORED = {"prompts.parquet", "scores.parquet", "sequences.parquet", "patterns.parquet"}
+ABLATED = TABLES | SCORED | {"causal.parquet", "compositions.parquet"}
 PNG = b"\x89PNG\r\n\x1a\n"
 
 Main = Callable[..., str]
@@ -59,8 +63,10 @@ def run(capfd: pytest.CaptureFixture[str]) -> Main:
     return run
 
 
-def run_patch(run: Main, path: Path, out: Path, *arguments: str) -> Path:
-    return Path(run("patch", path, "--out", out, "--quiet", *QUICK, *arguments).removesuffix("\n"))
+def run_config(run: Main, path: Path, out: Path, *arguments: str) -> Path:
+    """The run directory of a config; its subcommand is what the file is named after."""
+    kind = path.stem.split("-")[0] if path.parent == ROOT / "configs" else "patch"
+    return Path(run(kind, path, "--out", out, "--quiet", *QUICK, *arguments).removesuffix("\n"))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=by_name)
@@ -73,27 +79,34 @@ def test_config_loads(path: Path) -> None:
 @pytest.mark.usefixtures("fetched")
 @pytest.mark.parametrize("path", CONFIGS, ids=by_name)
 def test_config_has_a_plan(path: Path, run: Main) -> None:
-    plan = json.loads(run("patch", path, "--dry-run"))
+    kind = path.stem.split("-")[0]
+    plan = json.loads(run(kind, path, "--dry-run"))
+    assert plan["prompts"] == load(path).config.resolved()["task"]["n"]
+    if kind == "heads":
+        assert plan["heads"] > 0
+        plan = plan.get("ablations", {"trials": 1, "computed": 1, "units": 1})
     assert plan["trials"] > 0
     assert plan["computed"] > 0
     assert plan["units"] > 0
-    assert plan["prompts"] == load(path).config.resolved()["task"]["n"]
 
 
-def check_files(folder: Path, source: Path, blocks: int) -> Manifest:
-    """A complete run directory: what the README names, whole, as the manifest says; a picture per site block."""
+def check_files(folder: Path, source: Path, pictures_expected: int, tables: set[str] = TABLES) -> Manifest:
+    """A complete run directory: what the README names, whole, as the manifest says, and so many pictures."""
     manifest = Manifest.read(folder)
     assert (manifest.status, manifest.error) == ("complete", None)
     assert manifest.units_done == manifest.units_total
     files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     pictures = {name for name in files if name.startswith("figures/")}
-    written = {"config.yaml", "config.resolved.yaml", "log.jsonl", "results.csv", "summary.csv"} | TABLES
+    readable = {
+        name.replace(".parquet", ".csv") for name in tables if name.removesuffix(".parquet") not in PARQUET_ONLY
+    }
+    written = {"config.yaml", "config.resolved.yaml", "log.jsonl"} | tables | readable
     assert files - pictures == written | {"manifest.json"}
     assert set(manifest.outputs) == written | pictures
     assert all(file_info(folder / name, info.rows) == info for name, info in manifest.outputs.items())
-    assert len(pictures) == blocks
+    assert len(pictures) == pictures_expected
     assert all((folder / name).read_bytes().startswith(PNG) for name in pictures)
-    assert all(pq.read_metadata(folder / name).num_rows > 0 for name in TABLES)
+    assert all(pq.read_metadata(folder / name).num_rows > 0 for name in tables)
     assert (folder / "config.yaml").read_bytes() == source.read_bytes()
     for line in (folder / "log.jsonl").read_text().splitlines():
         assert {"time", "level", "message"} <= json.loads(line).keys()
@@ -102,20 +115,20 @@ def check_files(folder: Path, source: Path, blocks: int) -> Manifest:
 
 def test_the_toy_config_leaves_a_whole_run_directory_and_runs_again_from_it(tmp_path: Path, run: Main) -> None:
     source = ROOT / "configs" / "patch-induction-toy.yaml"
-    first = run_patch(run, source, tmp_path / "runs")
-    manifest = check_files(first, source, blocks=2)
+    first = run_config(run, source, tmp_path / "runs")
+    manifest = check_files(first, source, pictures_expected=2)
     assert manifest.config == load(source, *QUICK[1::2]).config.resolved()
     readme = (ROOT / "README.md").read_text()
     named = {name for name in manifest.outputs if not name.endswith((".png", ".csv"))}
     assert {name for name in named if f"`{name}`" not in readme} == set()
 
-    second = run_patch(run, first / "config.resolved.yaml", tmp_path / "again")
-    again = check_files(second, first / "config.resolved.yaml", blocks=2)
+    second = run_config(run, first / "config.resolved.yaml", tmp_path / "again")
+    again = check_files(second, first / "config.resolved.yaml", pictures_expected=2)
     assert again.config_sha256 == manifest.config_sha256
     for name in (*TABLES, "results.csv", "summary.csv"):
         assert again.outputs[name].sha256 == manifest.outputs[name].sha256, name
 
-    other = run_patch(run, first / "config.resolved.yaml", tmp_path / "other", "--set", "task.seed=1")
+    other = run_config(run, first / "config.resolved.yaml", tmp_path / "other", "--set", "task.seed=1")
     assert Manifest.read(other).outputs["results.parquet"].sha256 != manifest.outputs["results.parquet"].sha256
 
 
@@ -133,15 +146,45 @@ def test_the_configs_of_the_real_model_run(
 ) -> None:
     source = ROOT / "configs" / f"{name}.yaml"
     arguments = [part for override in overrides for part in ("--set", override)]
-    manifest = check_files(run_patch(run, source, tmp_path / "runs", *arguments), source, blocks)
+    manifest = check_files(run_config(run, source, tmp_path / "runs", *arguments), source, blocks)
     assert manifest.overrides[2:] == overrides
     assert manifest.model["id"] == "smollm2-135m-instruct"
     assert manifest.engine["parts"][0]["proof"]["executor"] == "packed"
 
 
+def test_the_toy_config_of_heads_leaves_a_whole_run_directory(tmp_path: Path, run: Main) -> None:
+    source = ROOT / "configs" / "heads-toy.yaml"
+    quick = ["--set", "model.checkpoints=[step0, step1500]", "--set", "heads.causal.random=3", "--set", "heads.show=1"]
+    folder = run_config(run, source, tmp_path / "runs", *quick)
+    # Seven maps, attention for the five scores of attention, ablations, training.
+    manifest = check_files(folder, source, 7 + 5 + 2, ABLATED)
+    readme = (ROOT / "README.md").read_text()
+    assert {name for name in ABLATED if f"`{name.removesuffix('.parquet')}" not in readme} == set()
+    assert [part["checkpoint"] for part in manifest.model["checkpoints"]] == ["step0", "step1500"]
+
+
+@pytest.mark.usefixtures("fetched")
+def test_the_configs_of_heads_of_the_real_model_run(tmp_path: Path, run: Main) -> None:
+    few = ["task.n=6", "heads.layers=[17, 18]", "heads.show=1", "heads.tokens=50"]
+    source = ROOT / "configs" / "heads-smollm2.yaml"
+    ablations = ["heads.causal.random=1", "heads.causal.k=[1]", "heads.causal.prompts=2"]
+    arguments = [part for override in (*few, *ablations) for part in ("--set", override)]
+    folder = run_config(run, source, tmp_path / "runs", *arguments)
+    check_files(folder, source, 8 + 5 + 1, ABLATED)
+    scores = pq.read_table(folder / "scores.parquet").to_pandas()
+    induction = scores[scores["score"] == "induction"].set_index(["layer", "head"])["value"]
+    assert induction[18, 6] > 0.4
+    assert induction[17, 7] < 0.1
+
+    source = ROOT / "configs" / "heads-ioi.yaml"
+    folder = run_config(run, source, tmp_path / "runs", *[part for item in few for part in ("--set", item)])
+    check_files(folder, source, 5 + 4, SCORED)
+
+
 def test_every_config_is_run_here_and_listed_in_the_readme() -> None:
     readme = (ROOT / "README.md").read_text()
     assert {path.stem for path in CONFIGS} == {
+        "heads-ioi", "heads-smollm2", "heads-toy",
         "patch-facts-tracing", "patch-induction-toy", "patch-ioi", "patch-ioi-heads",
     }  # fmt: skip
     assert all(f"(configs/{path.name})" in readme for path in CONFIGS)
@@ -243,6 +286,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return zoo.ZooStatus(entry, at_hand=True, folder=None)
 
     monkeypatch.setattr(patch_command, "execute", execute)
+    monkeypatch.setattr(heads_command, "execute", execute)
     monkeypatch.setattr(zoo, "fetch", fetch)
     return seen
 
@@ -263,11 +307,11 @@ def parse(arguments: list[str]) -> None:
 def test_commands_in_documents_parse(document: Path, asked: list[str]) -> None:
     found = list(commands(document.read_text()))
     for arguments in found:
-        if arguments[0] in ("patch", "models", "schema"):
+        if arguments[0] in ("patch", "heads", "models", "schema"):
             assert main(arguments) == 0, arguments
         else:
             parse(arguments)
-    assert len(asked) == sum(arguments[0] == "patch" or "fetch" in arguments for arguments in found)
+    assert len(asked) == sum(arguments[0] in ("patch", "heads") or "fetch" in arguments for arguments in found)
     assert document.name != "README.md" or document.parent != ROOT or "patch-ioi.yaml" in asked
 
 

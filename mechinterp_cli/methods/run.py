@@ -100,6 +100,8 @@ def carry_out(run: RunRecorder, prepared: Prepared, progress: Progress, recorded
     try:
         for part in range(len(prepared.moments)):
             parts.append(_compute(run, prepared, part, progress, tally, recorded))
+        if run.manifest.units_total is None:
+            run.manifest.units_total = 0  # an experiment without trials
         progress.stage("writing tables and pictures")
         view = _write(run, prepared, parts, prompts)
     except BaseException:
