@@ -19,7 +19,7 @@ from mechinterp_cli.errors import DifferenceError, UserError
 from mechinterp_cli.runs.compare import CompareOptions, Comparison, compare, comparison_table
 from mechinterp_cli.runs.manifest import Manifest
 from mechinterp_cli.runs.sides import differing, read_side
-from tests.experiments import run_patch
+from tests.experiments import run_method, run_patch
 
 RESID, Z, MLP = {"kind": "resid_pre"}, {"kind": "z", "positions": "all"}, {"kind": "mlp_out"}
 TWO = ["logit_diff", "prob"]
@@ -48,6 +48,25 @@ RUNS: dict[str, dict[str, Any]] = {
     "keys": {"method": {"sites": [{"kind": "pattern", "positions": "last", "keys": [k]} for k in (0, 9)]}},
     "other keys": {"method": {"sites": [{"kind": "pattern", "positions": "last", "keys": [k]} for k in (9, 0)]}},
 }
+CAUSAL = {"causal": {"k": [1], "random": 3, "prompts": 2}}
+STEPS = ["step600", "step1500"]
+HEADS: dict[str, dict[str, Any]] = {
+    "heads": {"section": {"scores": ["induction", "previous_token"]}},
+    "heads step600": {
+        "section": {"scores": ["previous_token", "induction", "k_composition"]} | CAUSAL,
+        "model": {"id": "toy-induction", "revision": "step600"},
+    },
+    "heads along": {
+        "section": {"scores": ["induction", "k_composition"]},
+        "model": {"id": "toy-induction", "checkpoints": ["step0", *STEPS]},
+    },
+    "heads along, others": {
+        "section": {"scores": ["induction", "k_composition"], "layers": [1]},
+        "model": {"id": "toy-induction", "checkpoints": [*STEPS[::-1], "step50"]},
+        "task": {"name": "repeats", "n": 3, "block": 7, "seed": 1},
+    },
+}
+"""Runs of another method, which another table stands for."""
 Runs = Callable[[str], Path]
 
 
@@ -57,7 +76,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     made: dict[str, Path] = {}
 
     def give(name: str) -> Path:
-        if name not in made:
+        if name in HEADS:
+            made[name] = made.get(name) or run_method(tmp_path_factory.mktemp("run"), "heads", **HEADS[name]).path
+        elif name not in made:
             others = dict(RUNS[name])
             made[name] = run_patch(tmp_path_factory.mktemp("run"), others.pop("method"), **others).path
         return made[name]
@@ -230,6 +251,115 @@ def test_null_is_equal_to_null_and_the_order_of_rows_does_not_matter(runs: Runs,
     assert (found.rows["difference"] == 0).all()
 
 
+# --- another table, and checkpoints
+
+
+def scores(path: Path, score: str, checkpoint: str | None = None) -> pd.Series:
+    """A score of every head, as a stranger would read it."""
+    rows = pd.read_parquet(path / "scores.parquet")
+    rows = rows[(rows["score"] == score) & (rows["checkpoint"].isna() | (rows["checkpoint"] == checkpoint))]
+    return rows.set_index(["layer", "head"])["value"]
+
+
+def test_heads_are_compared_by_their_scores(runs: Runs) -> None:
+    a, b = runs("heads"), runs("heads step600")
+    assert "summary.parquet" in {path.name for path in b.iterdir()} - {path.name for path in a.iterdir()}
+    found = compared(a, b)
+    assert [(row["metric"], row["site"]) for row in found.agreement] == [
+        ("induction", "head"),
+        ("previous_token", "head"),
+        ("k_composition", "head"),
+    ]
+    assert "checkpoint" not in found.agreement[0]
+    for row in found.agreement[:2]:
+        before, now = (scores(path, row["metric"]) for path in (a, b))
+        assert row["column"] == "value"
+        assert (row["common"], row["compared"], row["only_a"], row["only_b"]) == (8, 8, 0, 0)
+        assert row["mean_difference"] == pytest.approx((now - before).abs().mean())
+        assert row["pearson"] == pytest.approx(np.corrcoef(before, now[before.index])[0, 1])
+        place: Any = (now - before).abs().idxmax()
+        assert row["max_at"] == "head {}.{}".format(*place)
+    assert (found.agreement[2]["common"], found.agreement[2]["only_b"]) == (0, 8)
+    assert {row["where"] for row in found.worst()} <= {f"head {layer}.{head}" for layer in (0, 1) for head in range(4)}
+
+
+def test_a_run_of_heads_agrees_with_itself_and_what_is_undefined_is_no_number(runs: Runs) -> None:
+    found = compared(runs("heads step600"), runs("heads step600"))
+    assert found.ranked().empty
+    composition = by_site(found, "k_composition")["head"]
+    assert (composition["compared"], composition["no_number"]) == (4, 4)
+    found.check(0)
+
+
+@pytest.mark.parametrize("column", ["effect", "normalized"])
+def test_scores_have_no_effect(runs: Runs, column: str) -> None:
+    with pytest.raises(UserError, match=f"--column {column}: A and B have no .* induction"):
+        compared(runs("heads"), runs("heads"), column=column)
+
+
+def test_checkpoints_are_compared_with_those_of_the_same_name(runs: Runs) -> None:
+    a, b = runs("heads along"), runs("heads along, others")
+    found = compared(a, b)
+    rows = {(row["checkpoint"], row["metric"]): row for row in found.agreement}
+    assert set(rows) == {(step, score) for step in STEPS for score in ("induction", "k_composition")}
+    for step in STEPS:
+        before, now = (scores(path, "induction", step) for path in (a, b))
+        difference = (now - before).dropna().abs()
+        row = rows[step, "induction"]
+        assert (row["common"], row["only_a"]) == (4, 4)
+        assert row["max_difference"] == pytest.approx(difference.max())
+        # Of one set of weights, composition is one.
+        assert rows[step, "k_composition"]["max_difference"] == 0
+    alone = found.rows[found.rows["state"].isin(["only_a", "only_b"])]
+    assert {"step0", "step50"} <= set(alone["checkpoint"])
+    assert all(", checkpoint step" in row["where"] for row in found.worst())
+
+
+def test_what_differs_between_the_weights_of_checkpoints(runs: Runs, tmp_path: Path) -> None:
+    a, b = runs("heads along"), runs("heads along, others")
+    names = [change.split(":")[0] for change in differing(read_side(a), read_side(b))]
+    assert names == ["model.checkpoints", "task.prompts", "task.sha256", "method.layers"]
+    copy = tmp_path / "copy"
+    shutil.copytree(a, copy)
+    manifest = Manifest.read(copy)
+    manifest.model["checkpoints"][1]["weight_files"] = {"step600.safetensors": "0" * 64}
+    manifest.write(copy)
+    (change,) = differing(read_side(a), read_side(copy))
+    assert change.startswith("model.weight_files.step600.step600.safetensors: ")
+
+
+def test_a_run_without_checkpoints_has_nothing_in_common_with_one_that_has(runs: Runs) -> None:
+    with pytest.raises(
+        UserError, match=r"A begins with \(metric induction, .*B with \(checkpoint step0, metric"
+    ) as caught:
+        compared(runs("heads"), runs("heads along"))
+    assert "checkpoints" in caught.value.remedy
+
+
+def test_patched_checkpoints_are_told_apart(tmp_path: Path) -> None:
+    model = {"id": "toy-induction", "checkpoints": STEPS}
+    path = run_patch(tmp_path, {"sites": [Z]}, model=model).path
+    found = compared(path, path)
+    assert [(row["checkpoint"], row["site"], row["common"]) for row in found.agreement] == [(s, "z", 8) for s in STEPS]
+    first, second = (found.rows[found.rows["checkpoint"] == step]["a"].to_numpy() for step in STEPS)
+    assert not np.allclose(first, second)
+
+
+def test_heads_and_checkpoints_on_the_command_line(
+    runs: Runs, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    pair = [str(runs("heads along")), str(runs("heads along, others"))]
+    assert main(["compare", *pair, "--out", str(tmp_path)]) == 0
+    out, err = capfd.readouterr()
+    assert out.splitlines()[0].split()[:4] == ["checkpoint", "metric", "site", "column"]
+    assert [line.split()[0] for line in out.splitlines()[1:]] == ["step600", "step600", "step1500", "step1500"]
+    # One line for one reason, however many rows it holds for.
+    assert sum(line.startswith("undefined for ") for line in err.splitlines()) <= 3
+    assert "undefined for step600, induction, head; " in err
+    assert list(pd.read_csv(tmp_path / "agreement.csv")["checkpoint"]) == [STEPS[0], STEPS[0], STEPS[1], STEPS[1]]
+    assert {"checkpoint", "layer", "head"} <= set(pd.read_csv(tmp_path / "comparison.csv"))
+
+
 # --- the command
 
 
@@ -242,7 +372,7 @@ def test_result_on_stdout_the_rest_on_stderr(runs: Runs, capfd: pytest.CaptureFi
         ["prob", "z", "normalized"],
     ]
     assert err.startswith("not the same (A -> B): model.dtype: float32 -> bfloat16\n")
-    assert "undefined for prob, z: top: no more than the 10 largest, or ties\n" in err
+    assert "undefined for prob, resid_pre; prob, z: top: no more than the 10 largest, or ties\n" in err
     worst = err[err.index("the rows that differ most:\n") :].splitlines()[2:]
     sizes = [abs(float(line.split()[-1])) for line in worst]
     assert len(sizes) == 5

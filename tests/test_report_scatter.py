@@ -88,6 +88,25 @@ def test_the_picture_says_which_run_is_which() -> None:
     ]
 
 
+def test_where_one_kind_of_site_is_compared_colours_are_checkpoints() -> None:
+    rows = [("induction", "head", 0.5, 0.25, "compared"), ("induction", "head", 0.9, 0.8, "compared")]
+    along = comparison(rows)
+    along.rows["checkpoint"] = ["step0", "step9"]
+    (panel,) = panels(build_scatter(along))
+    assert points(panel) == [(0.5, 0.25, "step0"), (0.9, 0.8, "step9")]
+    several = comparison([*rows, ("induction", "z", 1.0, 1.0, "compared")])
+    several.rows["checkpoint"] = ["step0", "step9", "step9"]
+    assert build_scatter(several).kinds == ("head", "z")
+    along.rows["checkpoint"] = None
+    assert build_scatter(along).kinds == ("head",)
+
+
+def test_a_run_over_checkpoints_is_not_named_after_the_first() -> None:
+    found = comparison(ROWS)
+    found.a.manifest.model |= {"revision": "step0", "checkpoints": [{"checkpoint": "step0"}, {"checkpoint": "step9"}]}
+    assert build_scatter(found).lines[0] == "A: one, toy-induction, 2 checkpoints, float32, denoise, pair"
+
+
 def test_of_too_many_points_the_largest_are_drawn_and_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scatter, "MAX_POINTS", 3)
     values = np.random.default_rng(0).permutation(10) / 10
@@ -100,6 +119,8 @@ def test_too_many_metrics_are_left_to_the_table() -> None:
     drawn = build_scatter(comparison([(f"m{i}", "z", 1.0, 2.0, "compared") for i in range(8)]))
     assert len(drawn.panels) == 6
     assert drawn.lines[2:] == ("2 more metrics are in the table alone",)
+    drawn = build_scatter(comparison([(f"m{i}", "z", 1.0, 2.0, "compared") for i in range(7)]))
+    assert drawn.lines[2:] == ("1 more metric is in the table alone",)
 
 
 def test_picture_of_nothing_but_zeros(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from mechinterp_cli.runs.store import UnitStore
 from mechinterp_cli.runs.tables import read_parquet, write_csv, write_parquet
 from mechinterp_cli.runs.verify import verify_run
 from mechinterp_cli.runs.verify_tables import _csv_shape
-from tests.experiments import run_patch
+from tests.experiments import run_method, run_patch
 
 TABLES = ("trials", "results", "baselines", "summary", "prompts")
 PARQUET = [f"{table}.parquet" for table in TABLES]
@@ -343,6 +343,58 @@ def test_words_and_keys(run: Path, name: str, column: str, value: object, what: 
     assert problems(run) == [f"{name}: {what}"]
 
 
+@pytest.fixture(scope="module")
+def scored(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of `heads` over two checkpoints, with every table that it can have; no test changes it."""
+    section = {"scores": ["induction", "k_composition"], "causal": {"k": [1], "random": 3, "prompts": 2}}
+    model = {"id": "toy-induction", "checkpoints": ["step0", "step600"]}
+    return run_method(tmp_path_factory.mktemp("scored"), "heads", section, model=model).path
+
+
+@pytest.fixture
+def heads(scored: Path, tmp_path: Path) -> Path:
+    """A copy of it to damage."""
+    return Path(shutil.copytree(scored, tmp_path / scored.name))
+
+
+def test_a_good_run_of_heads_is_verified(heads: Path, ends: Ends) -> None:
+    assert ends(heads, 0)
+    assert {"scores", "sequences", "compositions", "patterns", "causal"} <= {path.stem for path in heads.iterdir()}
+
+
+@pytest.mark.parametrize("name", ["sequences.parquet", "patterns.parquet"])
+def test_prompts_of_heads_are_looked_up(heads: Path, name: str) -> None:
+    table = read_parquet(heads / name)
+    rewrite(heads, name, with_column(table, "prompt", [99, *table["prompt"].to_pylist()[1:]]))
+    assert f"{name}: prompt 99 is not in prompts.parquet" in problems(heads)
+
+
+def test_words_of_scores(heads: Path) -> None:
+    table = read_parquet(heads / "scores.parquet")
+    rewrite(heads, "scores.parquet", with_column(table, "status", ["fine", *table["status"].to_pylist()[1:]]))
+    assert "scores.parquet: status: 'fine' is not one of ok, trivial, undefined, nan" in problems(heads)
+
+
+@pytest.mark.parametrize(
+    ("name", "row"),
+    [
+        ("scores", "checkpoint step0, score induction, layer 0, head 0"),
+        ("compositions", "checkpoint step0, score k_composition, layer 1, head 0, from_layer 0, from_head 0"),
+        ("patterns", "checkpoint step0, score induction, layer "),
+        ("causal", "checkpoint step600, score induction, ablation zero, k 1, metric loss_gap"),
+        ("trials", "checkpoint step600, trial 0, edit 0"),
+        ("summary", "checkpoint step600, trial 0, metric loss_gap, group all, aggregate "),
+        ("baselines", "checkpoint step0, prompt 0, stream clean, metric loss_gap"),
+        ("prompts", "prompt 0, stream clean"),
+    ],
+)
+def test_a_row_that_stands_there_twice(heads: Path, name: str, row: str) -> None:
+    table = read_parquet(heads / f"{name}.parquet")
+    # The first row again, in place of the last.
+    rewrite(heads, f"{name}.parquet", pa.concat_tables([table.slice(0, len(table) - 1), table.slice(0, 1)]))
+    assert any(problem.startswith(f"{name}.parquet: this row stands there twice: {row}") for problem in problems(heads))
+
+
 def test_a_table_that_the_method_does_not_have(run: Path) -> None:
     shutil.copy(run / "trials.parquet", run / "extra.parquet")
     outputs = json.loads((run / "manifest.json").read_text())["outputs"]
@@ -393,7 +445,7 @@ def test_what_a_complete_run_must_have(run: Path, name: str) -> None:
 def test_unknown_subcommand(run: Path) -> None:
     change(run, subcommand="ptach")
     (problem,) = problems(run)
-    assert problem.startswith("manifest.json: subcommand: 'ptach' is unknown; there are patch")
+    assert problem == "manifest.json: subcommand: 'ptach' is unknown; there are heads, patch"
 
 
 def test_other_version_is_named_where_forms_differ(run: Path) -> None:

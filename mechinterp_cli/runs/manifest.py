@@ -68,11 +68,14 @@ class Manifest:
     resumed: list[dict[str, Any]] = field(default_factory=list)
     """Of every process that went on with the run: when, where, after what, with how many units done."""
     model: dict[str, Any] = field(default_factory=dict)
-    """Id, revision, sha256 of weight files and tokenizer, dtype, anatomy."""
+    """Id, revision, sha256 of weight files and tokenizer, dtype, anatomy; with several checkpoints those of the first,
+    and `checkpoints`: the same of every one that was loaded, with its name and the tokens it has seen."""
     task: dict[str, Any] = field(default_factory=dict)
     """Name, hash, prompt count, what was dropped, `add_bos`, `chat_template`."""
     engine: dict[str, Any] = field(default_factory=dict)
-    """Executor, proof, plan, halvings after out-of-memory."""
+    """`parts`: of every checkpoint (null without checkpoints) and job of the engine, in the order they ran in, the
+    proof with its executor, the plan, and the units that ran where memory had them halved. A part without a job holds
+    what else was proved of a model: of `heads`, how far attention patterns are from the model's own (`patterns`)."""
     determinism: dict[str, Any] = field(default_factory=dict)
     """Whether only algorithms that repeat their bits were used, and the settings that decide it."""
     display: dict[str, str] = field(default_factory=dict)

@@ -88,7 +88,7 @@ def _conditions(side: Side, shared: Set[str]) -> dict[str, Any]:
     model = {name: manifest.model.get(name) for name in names}
     if several := _checkpoints(side):  # then the model's own entries are those of the first
         files = {name: several[name] for name in several if name in shared}
-        model |= {"revision": None, "weight_files": files, "checkpoints": list(several)}
+        model |= {"revision": None, "weight_files": files, "checkpoints": ", ".join(several)}
     task = {name: manifest.task.get(name) for name in ("name", "prompts", "sha256")}
     section = {name: value for name, value in side.section.items() if name != "sites"}
     versions = {"mechinterp": manifest.mechinterp_version, **manifest.versions}

@@ -1,6 +1,6 @@
 """Checking the tables of a run: schema, rows, words and keys; read in pieces, so that size does not matter."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -10,13 +10,14 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from mechinterp_cli.runs.atomic import FileInfo
-from mechinterp_cli.runs.schema import STATUSES, table_schema
+from mechinterp_cli.runs.schema import STATUSES, table_keys, table_schema
 
 _CHUNK = 1 << 20
 _KEYS = {"trial": "trials", "prompt": "prompts"}
 """A key column, and the table that lists what it may hold."""
 _WATCHED = (*_KEYS, "status")
-_WITH_STATUS = ("results", "baselines", "summary")
+_TOO_LONG = ("results", "sequences")
+"""Tables with a row per observation: whether each stands there once is not looked up."""
 
 
 @dataclass
@@ -27,6 +28,20 @@ class _Content:
     rows: int = 0
     values: dict[str, set[Any]] = field(default_factory=dict)
     """The distinct values of the watched columns; null is none."""
+    keys: list[pa.RecordBatch] = field(default_factory=list)
+    """The columns that name the rows."""
+
+    def twice(self) -> str | None:
+        """A row's name that stands there twice, in words; None where each stands there once."""
+        if not self.keys:
+            return None
+        named = pa.Table.from_batches(self.keys)
+        counts = named.group_by(named.column_names).aggregate([([], "count_all")])
+        if counts.num_rows == named.num_rows:
+            return None
+        first = counts.filter(pc.greater(counts["count_all"], 1)).slice(0, 1).drop_columns(["count_all"])
+        (row,) = first.to_pylist()
+        return ", ".join(f"{name} {value}" for name, value in row.items() if value is not None)
 
 
 def table_problems(run: Path, outputs: Mapping[str, FileInfo], method: str) -> Iterator[tuple[str, str]]:
@@ -50,7 +65,7 @@ def table_problems(run: Path, outputs: Mapping[str, FileInfo], method: str) -> I
             yield name, f"{method} has no table of this name"
             continue
         if name.endswith(".parquet"):
-            content = _read(run / name)
+            content = _read(run / name, () if table in _TOO_LONG else table_keys(table))
             if isinstance(content, str):
                 yield name, content
                 continue
@@ -63,13 +78,17 @@ def table_problems(run: Path, outputs: Mapping[str, FileInfo], method: str) -> I
         yield from ((f"{table}.parquet", problem) for problem in _value_problems(table, content, contents))
 
 
-def _read(path: Path) -> _Content | str:
+def _read(path: Path, keys: Sequence[str]) -> _Content | str:
     """Read a whole Parquet file, page by page with their checksums; or say why that cannot be done."""
     try:
         with path.open("rb") as file, pq.ParquetFile(file, page_checksum_verification=True) as parquet:
             content = _Content(parquet.schema_arrow)
+            # A table of an earlier version may lack a key; the others may then name its rows or not.
+            named = bool(keys) and all(content.schema.names.count(key) == 1 for key in keys)
             for batch in parquet.iter_batches():
                 content.rows += batch.num_rows
+                if named:
+                    content.keys.append(batch.select(list(keys)))
                 for name in set(_WATCHED) & set(batch.schema.names):
                     distinct = pc.unique(batch.column(name)).to_pylist()
                     content.values.setdefault(name, set()).update(value for value in distinct if value is not None)
@@ -130,11 +149,12 @@ def _csv_shape(path: Path) -> tuple[bytes, int]:
 
 
 def _value_problems(table: str, content: _Content, contents: Mapping[str, _Content]) -> Iterator[str]:
-    """Words that are none, and keys that lead nowhere."""
-    if table in _WITH_STATUS:
-        unknown = sorted(map(str, content.values.get("status", set()) - {*STATUSES}))
-        if unknown:
-            yield f"status: {unknown[0]!r} is not one of {', '.join(STATUSES)}"
+    """Words that are none, rows that stand there twice, and keys that lead nowhere."""
+    unknown = sorted(map(str, content.values.get("status", set()) - {*STATUSES}))
+    if unknown:
+        yield f"status: {unknown[0]!r} is not one of {', '.join(STATUSES)}"
+    if twice := content.twice():
+        yield f"this row stands there twice: {twice}"
     for key, home in _KEYS.items():
         if home == table or home not in contents:
             continue
