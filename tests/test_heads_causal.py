@@ -218,6 +218,30 @@ def test_effects_and_baselines_are_those_of_the_summary(run: Run) -> None:
     assert summary[summary["design"] != "random"]["verdict"].notna().all()
 
 
+def test_what_a_reader_must_know_is_said(run: Run, tmp_path: Path) -> None:
+    rough = "prompts are fewer than 20; intervals and p-values are rough"
+    assert run.manifest["warnings"][-1] == f"causal: 5 {rough}"
+    section = SECTION | {"causal": CAUSAL | {"random": 4, "k": [1, 9], "prompts": 2}}
+    few = run_method(tmp_path, "heads", section, task=TASK)
+    assert few.table("causal")["ci_low"].isna().all()
+    assert [warning for warning in few.manifest["warnings"] if "random heads" not in warning] == [
+        "causal: induction is defined for 8 heads; larger k are left out",
+        "causal: previous_token is defined for 8 heads; larger k are left out",
+        "causal: no effect has an interval with 2 prompts; raise heads.causal.prompts",
+        f"causal: 2 {rough}",
+    ]
+    assert not any("interval with" in warning for warning in run.manifest["warnings"])
+
+
+def test_a_score_that_no_head_has_ablates_nothing(tmp_path: Path) -> None:
+    causal = CAUSAL | {"scores": ["successor"], "random": 2}
+    run = run_method(tmp_path, "heads", {"scores": ["successor"], "causal": causal}, task=TASK)
+    assert set(run.table("scores")["status"]) == {"undefined"}
+    assert not (run.path / "causal.parquet").exists()
+    assert "causal: successor is defined for no head; nothing is ablated by it" in run.manifest["warnings"]
+    assert len(run.table("baselines")) == 12 * 3
+
+
 @pytest.mark.parametrize("draws", [DRAWS, DRAWS - 1])
 def test_fewer_draws_give_a_band_and_no_verdict(tmp_path: Path, draws: int) -> None:
     causal = CAUSAL | {"random": draws, "scores": ["induction"], "k": [1], "values": ["zero"]}

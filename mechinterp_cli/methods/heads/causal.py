@@ -74,7 +74,9 @@ def lay_out(
     for score in options.scores:
         ranked = list(ranking[score])
         grid = [k for k in sorted(options.k) if k <= len(ranked)]
-        if len(grid) < len(options.k):
+        if not ranked:
+            warnings.append(f"causal: {score} is defined for no head; nothing is ablated by it")
+        elif len(grid) < len(options.k):
             warnings.append(f"causal: {score} is defined for {len(ranked)} heads; larger k are left out")
         sets = {k: random_sets(ranked[:k], anatomy, options.random, seed) for k in grid}
         warnings += [told for k, drawn in sets.items() if (told := _too_few(score, k, drawn))]

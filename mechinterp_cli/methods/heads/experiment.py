@@ -158,8 +158,10 @@ class HeadsExperiment(Experiment):
         swept = bench.sweep(job)
         done = Ablations(trials, swept, self.ablated, self.prompts, self.model.anatomy)
         summary, told = done.summary(causal, config.stats)
+        if bool(summary.loc[summary["design"] == "top", "ci_low"].isna().all()):
+            told = [f"no effect has an interval with {len(self.ablated)} prompts; raise heads.causal.prompts", *told]
         for warning in told:
-            bench.warn(f"causal: {warning}")
+            bench.warn(f"causal: {warning.removeprefix('group all: ')}")
         written: dict[str, Any] = {
             "trials": done.trial_rows(),
             "summary": summary,

@@ -55,8 +55,8 @@ class HeadsOptions(MethodOptions):
     tokens: Annotated[int, Field(strict=True, ge=2)] = 1000
     """Ordinary tokens, a seeded sample, that stand for the vocabulary in copying and its eigenvalues."""
     show: Index = 4
-    """So many of the strongest heads of each score of attention, and of direct_effect, are drawn, on the shortest prompt;
-    0 draws none."""
+    """So many of the strongest heads of each score of attention, and of direct_effect, are drawn, on the shortest
+    prompt; 0 draws none."""
     seed: Seed = 0
     """Of the sample of tokens and of the random heads."""
     causal: CausalOptions | None = None
