@@ -148,7 +148,8 @@ def task_class(section: dict[str, Any]) -> type[TaskOptions] | None:
     return TaskOptions.registry.get(name) if isinstance(name, str) else None
 
 
-def _choose_task(section: Any) -> Any:
+def choose_task(section: Any) -> Any:
+    """Read a task's section as the options that its `name` means."""
     if isinstance(section, TaskOptions):
         return section
     if not isinstance(section, dict):
@@ -180,7 +181,7 @@ class ExperimentConfig(BaseConfig):
     """Part of the run directory's name: letters, digits, `.`, `_`, `-`; at most 80 characters."""
     model: ModelOptions
     """Which model, and how it is loaded."""
-    task: Annotated[SerializeAsAny[TaskOptions], BeforeValidator(_choose_task)]
+    task: Annotated[SerializeAsAny[TaskOptions], BeforeValidator(choose_task)]
     """Which prompts, and what is asked of them."""
     method: Annotated[SerializeAsAny[MethodOptions], BeforeValidator(_choose_method)]
     """What is done to the model."""

@@ -1,0 +1,1 @@
+"""`ablate`: take parts away and measure what breaks."""
