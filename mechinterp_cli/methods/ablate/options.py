@@ -2,14 +2,12 @@
 
 from typing import Annotated, ClassVar, Literal
 
-import pyarrow as pa
 from pydantic import AfterValidator, BeforeValidator, Field, SerializeAsAny
 
 from mechinterp_cli.config.base import BaseConfig, MethodOptions, TaskOptions
 from mechinterp_cli.config.schema import choose_task
 from mechinterp_cli.config.types import Count, Index, Number, Seed, Text, unique
 from mechinterp_cli.methods.places import LayerWindow, Positions, Spot, Units
-from mechinterp_cli.runs.schema import column, register_columns
 
 UnitKind = Literal["head", "kv_head", "neuron", "attention", "mlp", "layer", "direction", "edge"]
 ValueName = Literal["zero", "mean", "resample", "noise", "mean_of_prompt", "project", "optimal"]
@@ -26,10 +24,10 @@ class UnitBlock(BaseConfig):
     and `mlp` (what the block adds to the residual stream), `layer` (both), `direction` (of the residual stream, from a
     file), `edge` (attention from query tokens to key tokens)."""
     layers: Literal["all"] | Annotated[tuple[Index, ...], Field(min_length=1)] | LayerWindow = "all"
-    """`all` (one unit per layer), a list (one for each), or `{window: 10}` (several layers together, one unit per centre)."""
+    """`all` (one unit per layer), a list (one for each), or `{window: 10}` (several layers as one unit)."""
     heads: Units | None = None
-    """For head, kv_head and edge: `each`, `all` together, or a list whose inner lists are ablated together. Default: each;
-    for edge: all together."""
+    """For head, kv_head and edge: `each`, `all` together, or a list whose inner lists are ablated together.
+    Default: each; for edge: all together."""
     neurons: Units | None = None
     """For neuron: as `heads`. Default: all together."""
     positions: Positions = "all"
@@ -37,7 +35,7 @@ class UnitBlock(BaseConfig):
     keys: Spots | None = None
     """For edge: the key tokens (positions or spans) that are no longer seen."""
     file: Text | None = None
-    """For direction: a .safetensors file of tensors [directions, d_model], each named `SITE.LAYER`, such as `resid_post.12`."""
+    """For direction: a .safetensors file of tensors [directions, d_model] named `SITE.LAYER` (`resid_post.12`)."""
 
 
 class MeanOptions(BaseConfig):
@@ -133,8 +131,8 @@ class AblateOptions(MethodOptions):
     optimal: OptimalOptions = OptimalOptions()
     """For `optimal`."""
     design: Design = "single"
-    """`single`: each unit alone; `cumulative`: the top k of a ranking; `set`: each named set; `keep`: everything but each
-    named set; `pairs`: two units alone and together."""
+    """`single`: each unit alone; `cumulative`: the top k of a ranking; `set`: each named set; `keep`: everything but
+    each named set; `pairs`: two units alone and together."""
     cumulative: CumulativeOptions | None = None
     """For `cumulative`."""
     sets: dict[Text, Annotated[tuple[Text, ...], Field(min_length=1)]] | None = None
@@ -146,89 +144,3 @@ class AblateOptions(MethodOptions):
     """Show greedy continuations of so many tokens with and without each ablation, for the first prompts."""
     generate_prompts: Count = 3
     """For how many prompts."""
-
-
-_OWN = [
-    column("kv_head", pa.int32()),
-    column("template", pa.string()),
-    column("ablation", pa.string()),
-    column("design", pa.string()),
-    column("k", pa.int32()),
-    column("set", pa.string()),
-    column("ranking", pa.int32()),
-]
-
-
-def _real(*names: str) -> list[pa.Field]:
-    return [column(name, pa.float64()) for name in names]
-
-
-def _register() -> None:
-    register_columns(
-        "ablate", "trials", [column(n, pa.string()) for n in ("template", "ablation")] + [column("ranking", pa.int32())]
-    )
-    register_columns("ablate", "results", _OWN)
-    register_columns("ablate", "summary", [*_OWN, column("block", pa.int32())])
-    # Cumulative: the ranking's top k beside random rankings.
-    register_columns(
-        "ablate",
-        "curve",
-        [column("ablation", pa.string(), required=True), column("k", pa.int32(), required=True), column("units", pa.string()),
-         column("metric", pa.string(), required=True),
-         *_real("baseline", "effect", "ci_low", "ci_high", "random_effect", "random_low", "random_high"),
-         column("n", pa.int32(), required=True), column("draws", pa.int32(), required=True),
-         *_real("difference", "difference_low", "difference_high", "p"), column("verdict", pa.string())],
-        keys=("ablation", "k", "metric"),
-    )  # fmt: skip
-    # Keep: how much of the behaviour a set alone has, and how much is left without it.
-    register_columns(
-        "ablate",
-        "circuits",
-        [column("ablation", pa.string(), required=True), column("set", pa.string(), required=True),
-         column("size", pa.int32(), required=True), column("metric", pa.string(), required=True),
-         *_real("full", "empty", "alone", "without", "faithfulness", "faithfulness_low", "faithfulness_high", "completeness",
-                "completeness_low", "completeness_high"), column("n", pa.int32(), required=True)],
-        keys=("ablation", "set", "metric"),
-    )  # fmt: skip
-    # Pairs: joint effect minus the sum of the single effects.
-    register_columns(
-        "ablate",
-        "interactions",
-        [column("ablation", pa.string(), required=True), column("a", pa.string(), required=True),
-         column("b", pa.string(), required=True), column("metric", pa.string(), required=True),
-         *_real("effect_a", "effect_b", "joint", "interaction", "ci_low", "ci_high"), column("n", pa.int32(), required=True)],
-        keys=("ablation", "a", "b", "metric"),
-    )  # fmt: skip
-    # Two groups of prompts: is the effect another in one than in the other?
-    register_columns(
-        "ablate",
-        "contrasts",
-        [column("trial", pa.int64(), required=True), column("ablation", pa.string(), required=True),
-         column("label", pa.string()), column("metric", pa.string(), required=True),
-         column("group_a", pa.string(), required=True), column("group_b", pa.string(), required=True),
-         *_real("effect_a", "effect_b", "difference", "ci_low", "ci_high", "p"), column("n_a", pa.int32()),
-         column("n_b", pa.int32()), column("verdict", pa.string())],
-        keys=("ablation", "trial", "metric", "group_a", "group_b"),
-    )  # fmt: skip
-    # Tasks of whole texts: the loss position by position.
-    register_columns(
-        "ablate",
-        "positions",
-        [column("trial", pa.int64()), column("ablation", pa.string()), column("label", pa.string()),
-         column("metric", pa.string(), required=True), column("template", pa.string()),
-         column("position", pa.int32(), required=True), *_real("value", "effect", "ci_low", "ci_high"),
-         column("n", pa.int32(), required=True)],
-        keys=("ablation", "trial", "metric", "template", "position"),
-    )  # fmt: skip
-    # Greedy continuations.
-    register_columns(
-        "ablate",
-        "words",
-        [column("prompt", pa.int32(), required=True), column("trial", pa.int64()), column("ablation", pa.string()),
-         column("label", pa.string(), required=True), column("text", pa.string(), required=True),
-         column("token_ids", pa.list_(pa.int32()), required=True)],
-        keys=("prompt", "ablation", "trial"),
-    )  # fmt: skip
-
-
-_register()

@@ -34,7 +34,7 @@ class Unit:
         kind: What it is.
         layer: The layer that it is reported under (the centre of a window).
         number: The head, key/value head or neuron, where it is a single one.
-        name: Short, and another for every unit at one place: `5.1`, `kv5.0`, `neuron5.17`, `attention5`, `mlp5`, `layer5`.
+        name: Short, and another for every unit: `5.1`, `kv5.0`, `neuron5.17`, `attention5`, `mlp5`, `layer5`.
         parts: What is edited; several for a layer, or for a window of layers.
         place: The positions of every prompt (queries, for an edge).
         keys: For an edge: the keys of every prompt; None is all.
