@@ -51,7 +51,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Run,
     made: dict[str, tuple[Run, list[Run]]] = {}
 
     def run(method: str, model: dict[str, Any]) -> Run:
-        output = {"figures": ["svg"]}
+        output = {"figures": ["png"]}
         folder = tmp_path_factory.mktemp(method)
         return run_method(folder, method, SECTIONS[method], model=model, output=output)
 
@@ -141,7 +141,7 @@ def test_the_run_is_in_order_shown_listed_and_compared(
     assert "toy-induction" in capfd.readouterr().out
     assert main(["compare", str(path), str(path), "--fail-above", "0", "--json"]) == 0
     assert {row["checkpoint"] for row in json.loads(capfd.readouterr().out)} == set(STEPS)
-    assert list(path.glob("figures/*training*.svg"))
+    assert list(path.glob("figures/*training*.png"))
 
 
 def test_all_checkpoints_of_the_toy(tmp_path: Path) -> None:
@@ -430,7 +430,11 @@ def refused(
             "model.checkpoints[1]: toy-induction has no checkpoint 'step7'",
             "It has: step0, step50, ",
         ),
-        ({"checkpoints": ["step0", "step600", "step0"]}, "model.checkpoints: listed twice: step0", ""),
+        (
+            {"checkpoints": ["step0", "step600", "step0"]},
+            'model.checkpoints: ["step0", "step600", "step0"] is not valid; listed twice: step0',
+            "",
+        ),
         ({"checkpoints": []}, "model.checkpoints", ""),
         (
             {"id": "some/model", "checkpoints": "all"},

@@ -170,6 +170,8 @@ def _problem(path: KeyPath, items: list[dict[str, Any]], data: Any, schema: Call
         close = _closest(str(path[-1]), known)
         remedy = f"Did you mean {close!r}?" if close else f"Remove it; allowed here: {', '.join(known)}."
         return Problem(path, "unknown key", remedy, meant=(*path[:-1], close) if close else None)
+    if isinstance(first["input"], list):  # a list that is one and was refused was not meant as another branch's word
+        items = [item for item in items if item["type"] == "value_error"] or items
     wanted = " or ".join(dict.fromkeys(_allowed(item) for item in items))
     if first["type"] == "missing" or (first["type"] == "choice" and first["input"] is None):
         return Problem(path, "is missing" + (f"; {wanted}" if wanted.startswith("allowed") else ""))
