@@ -113,6 +113,26 @@ class TrialSpec:
         return self.kind in ("embed", "resid_pre") and self.layers == (0,)
 
     @property
+    def family(self) -> str:
+        """Trials of one site block are corrected together."""
+        return f"{self.kind} block {self.block}"
+
+    def columns(self) -> dict[str, int | str | None]:
+        """Where it acts, for tables."""
+        return {
+            "label": self.label,
+            "site": self.kind,
+            "layer": self.layer,
+            "head": None if self.by_kv_head else self.head,
+            "kv_head": self.head if self.by_kv_head else None,
+            "neuron": self.neuron,
+            "position": self.place.position,
+            "span": self.place.span,
+            "template": self.place.template,
+            "block": self.block,
+        }
+
+    @property
     def label(self) -> str:
         """The trial in words: `z, layer 9, head 4, position 13`."""
         parts = [self.kind, f"layer {self.layer}"]

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +17,21 @@ from mechinterp_cli.stats import Observations, StatsOptions, Status, observe, su
 from mechinterp_cli.tasks.prompts import PromptSet
 
 Floats = npt.NDArray[np.float64]
-SITE_COLUMNS = ("label", "site", "layer", "head", "kv_head", "neuron", "position", "span", "template")
+
+
+class Spec(Protocol):
+    """What tables need to know of a trial."""
+
+    @property
+    def index(self) -> int:
+        """Its number, from 0."""
+
+    @property
+    def family(self) -> str:
+        """Trials of one family have their p-values corrected together."""
+
+    def columns(self) -> dict[str, Any]:
+        """Where it acts: `label`, `site`, ... and `block`."""
 
 
 @dataclass(eq=False)
@@ -37,7 +51,7 @@ class Sweep:
     """
 
     prompts: PromptSet
-    specs: Sequence[TrialSpec]
+    specs: Sequence[Spec]
     metrics: tuple[str, ...]
     values: Floats
     status: npt.NDArray[np.int8]
@@ -98,23 +112,14 @@ def _unit_columns(spec: TrialSpec, layer: int, anatomy: Anatomy) -> dict[str, in
     return {"head": spec.head, "kv_head": spec.head // (heads.query // heads.key_value), "neuron": None}
 
 
-def site_frame(specs: Sequence[TrialSpec]) -> pd.DataFrame:
-    """What a table needs to be read alone: where each trial acts."""
-    return pd.DataFrame(
-        {
-            "trial": [spec.index for spec in specs],
-            "label": [spec.label for spec in specs],
-            "site": [spec.kind for spec in specs],
-            "layer": pd.array([spec.layer for spec in specs], dtype="Int32"),
-            "head": pd.array([None if spec.by_kv_head else spec.head for spec in specs], dtype="Int32"),
-            "kv_head": pd.array([spec.head if spec.by_kv_head else None for spec in specs], dtype="Int32"),
-            "neuron": pd.array([spec.neuron for spec in specs], dtype="Int32"),
-            "position": pd.array([spec.place.position for spec in specs], dtype="Int32"),
-            "span": pd.array([spec.place.span for spec in specs], dtype="string[pyarrow]"),
-            "template": pd.array([spec.place.template for spec in specs], dtype="string[pyarrow]"),
-            "block": [spec.block for spec in specs],
-        }
-    )
+_INTEGERS = ("layer", "head", "kv_head", "neuron", "position", "k", "ranking", "block")
+
+
+def site_frame(specs: Sequence[Spec]) -> pd.DataFrame:
+    """What a table needs to be read alone: where each trial acts, a row each, `trial` first."""
+    frame = pd.DataFrame([{"trial": spec.index, **spec.columns()} for spec in specs])
+    kinds = {name: "Int32" if name in _INTEGERS else "string[pyarrow]" for name in frame.columns if name != "trial"}
+    return frame.astype(kinds)
 
 
 def result_columns(
@@ -137,9 +142,9 @@ def result_columns(
     at = (chosen[present[0]].astype(np.int32), present[1].astype(np.int32))
     trial, prompt = (np.repeat(index, len(blocks)) for index in at)
     block = np.tile(np.arange(len(blocks), dtype=np.int32), len(at[0]))
-    sites = site_frame(sweep.specs)
+    sites = site_frame(sweep.specs).drop(columns="block")
     return {
-        **{name: _look_up(sites[name], _SITE_TYPES.get(name, pa.int32()), trial) for name in ("trial", *SITE_COLUMNS)},
+        **{str(name): _look_up(values, _arrow_type(str(name)), trial) for name, values in sites.items()},
         "prompt": pa.array(prompt),
         "cluster": _look_up(sweep.clusters, pa.string(), prompt),
         "group": _look_up(sweep.groups, pa.string(), prompt),
@@ -176,8 +181,10 @@ def _measured(
 
 _LOOK_UP_ROWS = 1 << 20
 """Rows of a chunk: Arrow's texts hold 2 GiB at most in one piece."""
-_SITE_TYPES = {"trial": pa.int64(), "label": pa.string(), "site": pa.string()}
-_SITE_TYPES |= {"span": pa.string(), "template": pa.string()}
+
+
+def _arrow_type(name: str) -> pa.DataType:
+    return pa.int64() if name == "trial" else pa.int32() if name in _INTEGERS else pa.string()
 
 
 def _look_up(
@@ -206,12 +213,12 @@ def baseline_rows(sweep: Sweep) -> list[dict[str, Any]]:
     return rows
 
 
-def summary_frame(sweep: Sweep, stats: StatsSection) -> pd.DataFrame:
+def summary_frame(sweep: Sweep, stats: StatsSection, *, raw_margin: float | None = None) -> pd.DataFrame:
     """One row per trial × metric × group × aggregate; families are metric × site block.
 
     Warnings of the statistics are added to the sweep.
     """
-    options = stats_options(stats)
+    options = stats_options(stats, raw_margin=raw_margin)
     frames = []
     warned: dict[str, list[str]] = {}
     for metric, name in enumerate(sweep.metrics):
@@ -222,7 +229,7 @@ def summary_frame(sweep: Sweep, stats: StatsSection) -> pd.DataFrame:
             base,
             other,
             clusters=sweep.clusters,
-            families=[f"{name} {spec.kind} block {spec.block}" for spec in sweep.specs],
+            families=[f"{name} {spec.family}" for spec in sweep.specs],
             groups=sweep.groups,
             ratio_of_means_only=find_metric(name).ratio_of_means_only,
             options=options,

@@ -94,7 +94,7 @@ class PatchExperiment(Experiment):
         config, options = self.loaded.config, self.bound.options
         bench.stage("writing tables and pictures")
         source = self.bound.source_stream if options.source in ("pair", "other") else options.source
-        rows = tables.trial_rows(sweep.specs, self.model.anatomy, op=self.bound.operation(), source=source)
+        rows = tables.trial_rows(self.bound.specs, self.model.anatomy, op=self.bound.operation(), source=source)
         summary = tables.summary_frame(sweep, config.stats)
         written: dict[str, Any] = {"trials": rows, "baselines": tables.baseline_rows(sweep), "summary": summary}
         if config.output.rows != "summary":
