@@ -58,7 +58,7 @@ def token_losses(model: nn.Module, anatomy: Anatomy, tokens: Tensor) -> Tensor:
     """
     if tokens.shape[1] < 2 or not len(tokens):
         return torch.zeros(len(tokens), max(0, tokens.shape[1] - 1), dtype=torch.float64)
-    if not _last_hidden_suffices(model, anatomy, tokens[:1]):
+    if not last_hidden_suffices(model, anatomy, tokens[:1]):
         step = max(1, LOSS_LOGITS_BYTES // (tokens.shape[1] * anatomy.vocab_size * 4))
         logits = ((forward(model, part.to(device_of(model))), part) for part in torch.split(tokens, step))
         return torch.cat([_losses(seen[:, :-1].flatten(0, 1), part) for seen, part in logits])
@@ -85,7 +85,15 @@ def _cross_entropy(logits: Tensor, wanted: Tensor) -> Tensor:
     return losses.cpu().double()
 
 
-def _last_hidden_suffices(model: nn.Module, anatomy: Anatomy, tokens: Tensor) -> bool:
+@torch.no_grad()
+def last_hidden_suffices(model: nn.Module, anatomy: Anatomy, tokens: Tensor) -> bool:
+    """Whether what leaves the last layer, through the model's norm and head, gives the model's own logits.
+
+    Args:
+        model: The model, in evaluation mode.
+        anatomy: Its anatomy.
+        tokens: Ids [prompts, positions] that it is tried on, at the last position.
+    """
     native = forward(model, tokens.to(device_of(model)), last_only=True)[:, -1].float()
     own = anatomy.walker(model).unembed(last_hidden(model, anatomy, tokens)[:, -1]).float()
     eps = torch.finfo(next(model.parameters()).dtype).eps
