@@ -167,6 +167,18 @@ def test_a_repetition_gives_the_same_bytes(
     assert Manifest.read(again).engine["parts"] == Manifest.read(path).engine["parts"]
 
 
+@pytest.mark.parametrize("steps", [["step600", "step1500", "step0"], ["step0", "step600", "step1500"]])
+def test_the_end_of_the_training_is_ablated_and_shown_wherever_it_is_listed(
+    tmp_path: Path, steps: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    causal = {"k": [1], "random": 3, "prompts": 2}
+    section = {"scores": ["induction"], "show": 0, "causal": causal}
+    run = run_method(tmp_path, "heads", section, model=toy_model(checkpoints=steps))
+    assert set(run.table("causal")["checkpoint"]) == set(run.table("trials")["checkpoint"]) == {"step1500"}
+    assert main(["show", str(run.path)]) == 0
+    assert "induction, zero ablation" in capfd.readouterr().err
+
+
 # --- folders
 
 
@@ -303,7 +315,8 @@ def test_stopped_in_a_later_checkpoint_it_goes_on_there(method: str, monkeypatch
     run = only_run()
     before = Manifest.read(run)
     assert (before.units_done, before.units_total) == (units + 2, 3 * units)
-    assert [part["checkpoint"] for part in before.model["checkpoints"]] == STEPS[:2]
+    assert [part["checkpoint"] for part in before.model["checkpoints"]] == STEPS
+    assert ["weight_files" in part for part in before.model["checkpoints"]] == [True, True, False]
     assert len(list((run / "units").iterdir())) == units + 2
 
     # Stopped again before the second checkpoint is loaded: nothing of what was known of it is forgotten.
@@ -392,6 +405,23 @@ def test_changed_weights_of_the_first_checkpoint_are_refused_before_anything_is_
     assert main(["resume", str(run), "--quiet"]) == 2
     assert "cannot be resumed, model changed since it began: weight_files.model.safetensors" in _error(capfd)[0]
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_a_checkpoint_that_came_since_is_refused(
+    training: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    write_config("patch", {"id": "out", "checkpoints": "all"})
+    stop_after(monkeypatch, 1, KeyboardInterrupt())
+    assert main(["patch", "c.yaml", "--quiet"]) == 130
+    run = only_run()
+    write_checkpoint(training / "checkpoint-200", 200, 12800)
+    capfd.readouterr()
+    assert main(["resume", str(run), "--quiet"]) == 2
+    names = ", ".join(IN_ORDER)
+    change = f"checkpoints changed since it began: model.checkpoints: {names} -> {names}, checkpoint-200"
+    assert f"cannot be resumed, {change}" in _error(capfd)[0]
+    shutil.rmtree(training / "checkpoint-200")
+    assert main(["resume", str(run), "--quiet"]) == 0
 
 
 # --- what is refused

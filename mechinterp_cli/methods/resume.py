@@ -75,8 +75,10 @@ def _refuse_other_inputs(path: Path, manifest: Manifest, prepared: "running.Prep
     if not manifest.model:  # it was stopped before it wrote down what it had loaded
         return
     before, now = dict(manifest.model), running.describe_model(prepared)
+    listed, found = (", ".join(part["checkpoint"] for part in model.get("checkpoints", [])) for model in (before, now))
+    refuse_changes(path, "checkpoints", changes(listed, found, "model.checkpoints"))
     if "checkpoints" in now:  # those after the first are compared when they are loaded
-        before["checkpoints"] = before.get("checkpoints", [])[:1]
+        before["checkpoints"] = [*before["checkpoints"][:1], *now["checkpoints"][1:]]
     refuse_changes(path, "model", changes(before, now))
     refuse_changes(path, "task", changes(manifest.task, running.describe_task(prepared)))
 

@@ -129,13 +129,14 @@ def _later(run: RunRecorder, prepared: Prepared, part: int, progress: Progress) 
     model = load_model(moment.options)
     check_same(part, moment, model, prepared.moments[0].name, prepared.first.model)
     loaded, known = _describe_moment(moment, asdict(model.source)), run.manifest.model["checkpoints"]
-    if part < len(known):
+    if "weight_files" in known[part]:  # a process before this one loaded it
         refuse_changes(run.path, f"checkpoint {moment.name}", changes(known[part], loaded))
-    known[part : part + 1] = [loaded]
+    known[part] = loaded
     return experiment_of(replace(prepared.first.setting, model=model, moment=moment))
 
 
 def _describe_moment(moment: Moment, source: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint in the manifest; `source` is empty until it is loaded."""
     return {"checkpoint": moment.name, "tokens_seen": moment.tokens_seen, **source}
 
 
@@ -154,10 +155,10 @@ def _describe(run: RunRecorder, prepared: Prepared) -> pa.Table:
     """Fill the manifest with model and task, and write the prompts."""
     experiment, config = prepared.first, prepared.loaded.config
     manifest = run.manifest
-    loaded = manifest.model.get("checkpoints", [])
+    later = manifest.model.get("checkpoints", [])[1:]  # as a process before this one left them
     manifest.model = describe_model(prepared)
-    if loaded:  # by a process before this one: what is loaded again is compared with them
-        manifest.model["checkpoints"] += loaded[1:]
+    if later:
+        manifest.model["checkpoints"][1:] = later
     manifest.task = describe_task(prepared)
     seeds = {"task": config.resolved()["task"].get("seed", 0), "stats": config.stats.seed}
     manifest.seeds = seeds | experiment.seeds()
@@ -178,8 +179,8 @@ def _describe(run: RunRecorder, prepared: Prepared) -> pa.Table:
 def describe_model(prepared: Prepared) -> dict[str, Any]:
     """Where the (first) model came from, the hashes of its files, and its anatomy: for the manifest."""
     model, anatomy = prepared.first.model, prepared.first.model.anatomy
-    moment = prepared.moments[0]
-    several = {} if moment.name is None else {"checkpoints": [_describe_moment(moment, asdict(model.source))]}
+    first, *later = prepared.moments
+    checkpoints = [_describe_moment(first, asdict(model.source)), *(_describe_moment(moment, {}) for moment in later)]
     return {
         **asdict(model.source),
         "id": prepared.loaded.config.model.id,
@@ -192,7 +193,7 @@ def describe_model(prepared: Prepared) -> dict[str, Any]:
             "sites": list(anatomy.sites),
             "first_layer": asdict(anatomy.layers[0]),
         },
-        **several,
+        **({} if first.name is None else {"checkpoints": checkpoints}),
     }
 
 

@@ -60,6 +60,18 @@ def moments_of(options: ModelOptions) -> tuple[Moment, ...]:
     return moments
 
 
+def last_of(moments: Sequence[Moment]) -> Moment:
+    """The end of the training: the most tokens seen where they are known of all and differ, else the last listed.
+
+    Args:
+        moments: In the order of the config; at least one.
+    """
+    seen = [moment.tokens_seen for moment in moments]
+    if None in seen or len(set(seen)) < len(seen):
+        return moments[-1]
+    return max(moments, key=lambda moment: moment.tokens_seen or 0)
+
+
 def _of_toy(options: ModelOptions) -> tuple[Moment, ...]:
     from mechinterp_cli.models import toy
 

@@ -69,7 +69,7 @@ class Manifest:
     """Of every process that went on with the run: when, where, after what, with how many units done."""
     model: dict[str, Any] = field(default_factory=dict)
     """Id, revision, sha256 of weight files and tokenizer, dtype, anatomy; with several checkpoints those of the first,
-    and `checkpoints`: the same of every one that was loaded, with its name and the tokens it has seen."""
+    and `checkpoints`: of every one its name, the tokens it has seen and, from when it is loaded, the same."""
     task: dict[str, Any] = field(default_factory=dict)
     """Name, hash, prompt count, what was dropped, `add_bos`, `chat_template`."""
     engine: dict[str, Any] = field(default_factory=dict)

@@ -31,7 +31,7 @@ from mechinterp_cli.methods.heads.scoring import (
     tokens_of,
 )
 from mechinterp_cli.models.anatomy import device_of
-from mechinterp_cli.models.checkpoints import moments_of
+from mechinterp_cli.models.checkpoints import last_of, moments_of
 from mechinterp_cli.tasks.prompts import PromptSet
 
 
@@ -142,7 +142,7 @@ class HeadsExperiment(Experiment):
         causal, name = self.options.causal, self.setting.moment.name
         if causal is None or name is None or causal.checkpoints == "all":
             return causal is not None
-        return moments_of(self.loaded.config.model)[-1].name == name
+        return last_of(moments_of(self.loaded.config.model)).name == name
 
     def _ablate(self, bench: Bench, causal: CausalOptions, found: Scored) -> dict[str, Any]:
         config = self.loaded.config
