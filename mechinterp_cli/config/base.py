@@ -41,6 +41,15 @@ class MethodOptions(BaseConfig):
     """What the method measures where that is not the user's choice (`metrics:`)."""
 
     @classmethod
+    def default_metrics(cls, task: type[TaskOptions] | None) -> tuple[str, ...]:
+        """What is measured where the config names nothing.
+
+        Args:
+            task: The class of the task's options; None where the config names no known task.
+        """
+        return cls.own_metrics or ("logit_diff",)
+
+    @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
         """Register the subclass under its subcommand."""
         if cls.method_name:

@@ -199,16 +199,19 @@ class ExperimentConfig(BaseConfig):
     @model_validator(mode="before")
     @classmethod
     def _own_metrics(cls, data: Any) -> Any:
-        """Fill in the metrics of a method that leaves no choice, and refuse others."""
+        """Fill in a method's metrics, and refuse others where it leaves no choice."""
         section = data.get("method") if isinstance(data, dict) else None
-        name = next(iter(section)) if isinstance(section, dict) and len(section) == 1 else None
-        own = MethodOptions.registry[name].own_metrics if name in MethodOptions.registry else ()
-        if not own:
+        name = next(iter(section)) if isinstance(section, dict) and len(section) == 1 else ""
+        method = MethodOptions.registry.get(name)
+        if method is None:
             return data
-        if tuple(data.get("metrics", own)) != own:
-            problem = f"{name} measures {', '.join(own)}, and nothing else can be chosen"
+        given = data.get("metrics", method.own_metrics)
+        if method.own_metrics and (not isinstance(given, list | tuple) or tuple(given) != method.own_metrics):
+            problem = f"{name} measures {', '.join(method.own_metrics)}, and nothing else can be chosen"
             raise _rejected("experiment", "metrics", problem, data["metrics"])
-        return {**data, "metrics": own}
+        task = data.get("task")
+        known = task_class(task) if isinstance(task, dict) else type(task) if isinstance(task, TaskOptions) else None
+        return {"metrics": method.default_metrics(known), **data}
 
     @property
     def method_name(self) -> str:

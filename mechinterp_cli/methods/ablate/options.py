@@ -118,6 +118,11 @@ class AblateOptions(MethodOptions):
     """The `ablate:` section."""
 
     method_name: ClassVar[str] = "ablate"
+    @classmethod
+    def default_metrics(cls, task: type[TaskOptions] | None) -> tuple[str, ...]:
+        """Of a task's answers, or of whole texts where nothing is asked."""
+        return ("logit_diff",) if getattr(task, "has_answers", True) else ("loss", "kl", "top1")
+
     units: Annotated[tuple[UnitBlock, ...], Field(min_length=1)]
     """What can be taken away."""
     values: Annotated[tuple[ValueName, ...], Field(min_length=1), AfterValidator(unique)] = ("mean",)
@@ -140,6 +145,8 @@ class AblateOptions(MethodOptions):
     `mlp5`, `layer5`)."""
     pairs: tuple[tuple[Text, Text], ...] | None = None
     """For `pairs`: pairs of units' names."""
+    margin: Annotated[Number, Field(gt=0)] = 0.05
+    """The smallest effect that matters, in the metric's own unit, where nothing normalises."""
     generate: Annotated[int, Field(strict=True, ge=0, le=200)] = 0
     """Show greedy continuations of so many tokens with and without each ablation, for the first prompts."""
     generate_prompts: Count = 3
