@@ -150,7 +150,9 @@ class TrialSpec:
 
 
 class Binder:
-    """Expands site blocks against a model and a prompt set, before any forward pass.
+    """Brings layers, heads, neurons and positions of a config to a model and a prompt set, before any forward pass.
+
+    Every error names file, line and key.
 
     Args:
         loaded: The config, for errors with file and line.
@@ -174,10 +176,10 @@ class Binder:
         specs: list[TrialSpec] = []
         for number, block in enumerate(blocks):
             path: KeyPath = (self.section, "sites", number)
-            places = list(self._places(block, path))
+            places = list(self.places(block.positions, path))
             keys = self._keys(block, path)
-            for layer, layers in self._layers(block, path):
-                for units in self._units(block, layers[0], path):
+            for layer, layers in self.layers((block.kind,), block.layers, path, block.kind):
+                for units in self._units(block, layers, path):
                     for place in places:
                         specs.append(TrialSpec(len(specs), number, block.kind, layer, layers, units, place, keys))
         return specs
@@ -185,71 +187,121 @@ class Binder:
     def _fail(self, path: KeyPath, problem: str, remedy: str = "") -> UserError:
         return self.loaded.error(path, problem, remedy)
 
-    def _layers(self, block: SiteBlock, path: KeyPath) -> Iterator[tuple[int, tuple[int, ...]]]:
-        """(reported layer, edited layers) of every trial."""
-        anatomy, path = self.anatomy, (*path, "layers")
-        have = [layer.index for layer in anatomy.layers if block.kind not in layer.missing]
+    def layers(
+        self,
+        kinds: Sequence[str],
+        chosen: Literal["all"] | tuple[int, ...] | LayerWindow,
+        path: KeyPath,
+        name: str,
+    ) -> Iterator[tuple[int, tuple[int, ...]]]:
+        """(reported layer, edited layers) of every trial.
+
+        Args:
+            kinds: Sites that a layer must have.
+            chosen: The block's `layers`.
+            path: Of the block.
+            name: What the block calls its kind.
+
+        Raises:
+            UserError: A layer is not there or lacks a site; says why.
+        """
+        anatomy = self.anatomy
+        lacking = [next((kind for kind in kinds if kind in layer.missing), None) for layer in anatomy.layers]
+        have = [layer for layer, kind in enumerate(lacking) if kind is None]
         if not have:
-            reason = anatomy.layers[-1].missing[block.kind]
+            reason = anatomy.layers[-1].missing[lacking[-1] or ""]
             known = ", ".join(anatomy.sites)
-            raise self._fail((*path[:-1], "kind"), f"{block.kind}: {reason}", f"Sites of this model: {known}.")
-        if isinstance(block.layers, LayerWindow):
-            low, high = block.layers.window // 2, block.layers.window - block.layers.window // 2
-            for centre in range(anatomy.n_layers):
-                inside = range(max(0, centre - low), min(anatomy.n_layers, centre + high))
-                layers = tuple(layer for layer in inside if layer in have)
-                if layers:
-                    yield centre, layers
+            raise self._fail((*path, "kind"), f"{name}: {reason}", f"Sites of this model: {known}.")
+        if isinstance(chosen, LayerWindow):
+            yield from self._windows(chosen.window, have)
             return
-        for place, layer in enumerate(have if block.layers == "all" else block.layers):
+        for place, layer in enumerate(have if chosen == "all" else chosen):
             if layer >= anatomy.n_layers:
                 problem = f"{layer} is outside 0..{anatomy.n_layers - 1}"
                 remedy = f"{self.loaded.config.model.id} has {anatomy.n_layers} layers, counted from 0."
-                raise self._fail((*path, place), problem, remedy)
-            if layer not in have:
-                reason = anatomy.layers[layer].missing[block.kind]
-                raise self._fail((*path, place), f"{layer}: {reason}", f"Layers with {block.kind}: {have}.")
+                raise self._fail((*path, "layers", place), problem, remedy)
+            kind = lacking[layer]
+            if kind is not None:
+                reason = anatomy.layers[layer].missing[kind]
+                raise self._fail((*path, "layers", place), f"{layer}: {reason}", f"Layers with {name}: {have}.")
             yield int(layer), (int(layer),)
 
-    def _units(self, block: SiteBlock, layer: int, path: KeyPath) -> Iterator[tuple[int, ...] | None]:
+    def _windows(self, window: int, have: Sequence[int]) -> Iterator[tuple[int, tuple[int, ...]]]:
+        """Every centre, with those layers of its window that have the site."""
+        for centre in range(self.anatomy.n_layers):
+            inside = range(max(0, centre - window // 2), min(self.anatomy.n_layers, centre + window - window // 2))
+            layers = tuple(layer for layer in inside if layer in have)
+            if layers:
+                yield centre, layers
+
+    def _units(self, block: SiteBlock, layers: Sequence[int], path: KeyPath) -> Iterator[tuple[int, ...] | None]:
         """The heads or neurons of every trial; None is all of them."""
         kind = block.kind
-        field = "neurons" if kind in NEURON_KINDS else "heads"
-        by_head = kind in HEAD_KINDS + KEY_KINDS
-        for name, wanted in (("heads", by_head), ("neurons", kind in NEURON_KINDS)):
+        by_head, by_neuron = kind in HEAD_KINDS + KEY_KINDS, kind in NEURON_KINDS
+        for name, wanted in (("heads", by_head), ("neurons", by_neuron)):
             if getattr(block, name) is not None and not wanted:
                 raise self._fail((*path, name), f"{kind} has no {name}", f"Leave out {name} for {kind}.")
-        chosen: Units | None = getattr(block, field) if by_head or kind in NEURON_KINDS else "all"
-        if chosen is None:
-            chosen = "each" if by_head else "all"
-        count = self.anatomy.layers[layer].features(kind, self.anatomy.d_model)
+        if by_head:
+            yield from self.units(kind, block.heads or "each", layers, path)
+        elif by_neuron:
+            yield from self.units(kind, block.neurons or "all", layers, path)
+        else:
+            yield None
+
+    def units(self, kind: str, chosen: Units, layers: Sequence[int], path: KeyPath) -> Iterator[tuple[int, ...] | None]:
+        """The heads or neurons of every trial; None is all of them.
+
+        Args:
+            kind: The site; `k` and `v` count key/value heads.
+            chosen: The block's `heads` or `neurons`.
+            layers: The layers that are edited together.
+            path: Of the block.
+
+        Raises:
+            UserError: A head or neuron that one of the layers does not have.
+        """
+        field = "neurons" if kind in NEURON_KINDS else "heads"
+        counts = {layer: self.anatomy.layers[layer].features(kind, self.anatomy.d_model) for layer in layers}
+        layer = min(counts, key=lambda layer: counts[layer])
         if chosen == "all":
             yield None
         elif chosen == "each":
-            yield from ((unit,) for unit in range(count))
+            if len(set(counts.values())) > 1:
+                problem = f"`each` needs layers with as many {field}, a window has {sorted(set(counts.values()))}"
+                raise self._fail((*path, field), problem, f"Use all, or list {field}.")
+            yield from ((unit,) for unit in range(counts[layer]))
         else:
             for place, item in enumerate(chosen):
                 units = item if isinstance(item, tuple) else (int(item),)
                 for unit in units:
-                    if unit >= count:
+                    if unit >= counts[layer]:
                         noun = "key/value heads" if kind in ("k", "v") else field
-                        remedy = f"{self.loaded.config.model.id} has {count} {noun} in layer {layer}, counted from 0."
-                        raise self._fail((*path, field, place), f"{unit} is outside 0..{count - 1}", remedy)
+                        has = f"{self.loaded.config.model.id} has {counts[layer]} {noun} in layer {layer}"
+                        problem = f"{unit} is outside 0..{counts[layer] - 1}"
+                        raise self._fail((*path, field, place), problem, f"{has}, counted from 0.")
                 yield units
 
-    def _places(self, block: SiteBlock, path: KeyPath) -> Iterator[Place]:
-        """The positions of every trial."""
+    def places(self, positions: Positions, path: KeyPath) -> Iterator[Place]:
+        """The positions of every trial.
+
+        Args:
+            positions: The block's `positions`.
+            path: Of the block.
+
+        Raises:
+            UserError: A position or span that is not there.
+        """
         prompts, path = self.prompts.prompts, (*path, "positions")
-        if block.positions == "all":
+        if positions == "all":
             yield Place(tuple(tuple(range(p.length)) for p in prompts))
-        elif block.positions == "last":
+        elif positions == "last":
             yield Place(tuple((p.length - 1,) for p in prompts), span="end")
-        elif block.positions == "each":
+        elif positions == "each":
             yield from self._each(path)
         else:
-            for number, item in enumerate(block.positions):
+            for number, item in enumerate(positions):
                 spots = item if isinstance(item, tuple) else (item,)
-                yield self._together(spots, (*path, number))
+                yield self.together(spots, (*path, number))
 
     def _each(self, path: KeyPath) -> Iterator[Place]:
         """One place per position of each template; positions mean the same only within one template."""
@@ -266,8 +318,16 @@ class Binder:
                 at = tuple((position,) if p.template == template else None for p in prompts)
                 yield Place(at, position=position, template=template)
 
-    def _together(self, spots: Sequence[int | str], path: KeyPath) -> Place:
-        """Some positions and spans as one place."""
+    def together(self, spots: Sequence[int | str], path: KeyPath) -> Place:
+        """Some positions and spans as one place.
+
+        Args:
+            spots: Positions and names of spans.
+            path: Of the list.
+
+        Raises:
+            UserError: One that is not there.
+        """
         per_prompt: list[set[int]] = [set() for _ in self.prompts.prompts]
         for spot in spots:
             for positions, found in zip(per_prompt, self._spot(spot, path), strict=True):
@@ -297,4 +357,4 @@ class Binder:
             return None
         if block.kind not in KEY_KINDS:
             raise self._fail((*path, "keys"), f"{block.kind} has no keys", "Leave out keys, or use scores or pattern.")
-        return self._together(block.keys, (*path, "keys"))
+        return self.together(block.keys, (*path, "keys"))
