@@ -13,9 +13,9 @@ from torch import Tensor
 from mechinterp_cli.engine.patterns import attention_patterns
 from mechinterp_cli.methods.heads import attention
 from mechinterp_cli.methods.heads.attention import ATTENTION_SCORES, Sequences
-from mechinterp_cli.methods.heads.losses import first_positions, repeated_positions
 from mechinterp_cli.models.loaded import LoadedModel
 from mechinterp_cli.models.planted import INDUCTION_HEAD, PREVIOUS_TOKEN_HEAD
+from mechinterp_cli.token_metrics import first_positions, repeated_positions
 from tests.models_fixtures import planted, toy
 from tests.test_engine_patterns import Meter
 

@@ -1,22 +1,21 @@
 """Ablating the heads with the highest scores, beside as many others of the same layers."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from mechinterp_cli.engine.edits import Bucket, Edit, Site, Trial
 from mechinterp_cli.engine.plan import Work
-from mechinterp_cli.methods.heads.losses import first_positions, repeated_positions
 from mechinterp_cli.methods.heads.options import METRICS, Ablation, CausalOptions
 from mechinterp_cli.methods.heads.scoring import buckets_of, tokens_of
 from mechinterp_cli.methods.job import Job
 from mechinterp_cli.models.anatomy import Anatomy
 from mechinterp_cli.tasks.draw import Draw
 from mechinterp_cli.tasks.prompts import PromptSet
+from mechinterp_cli.token_metrics import TokenMeasurer
 
 FEW_SETS = 5
 """With fewer different sets than this a band says little."""
@@ -118,37 +117,6 @@ def random_sets(chosen: Sequence[Head], anatomy: Anatomy, draws: int, seed: int)
     ]
 
 
-@dataclass(frozen=True, eq=False)
-class Predictions:
-    """Of prompts of one length: which predictions repeat a pair, which are of tokens that have not occurred."""
-
-    repeated: Bool[Tensor, "prompts reads"]
-    first: Bool[Tensor, "prompts reads"]
-
-    @classmethod
-    def of(cls, tokens: Tensor) -> "Predictions":
-        """Of ids [prompts, positions]."""
-        return cls(repeated_positions(tokens), first_positions(tokens))
-
-    def metrics(self, losses: Float[Tensor, "*trials prompts reads"]) -> Float[Tensor, "*trials prompts metrics"]:
-        """`METRICS` of each prompt; NaN where it has no such prediction."""
-        repeated, first = (_mean(losses, chosen) for chosen in (self.repeated, self.first))
-        return torch.stack([repeated - first, repeated, first], dim=-1)
-
-
-def _mean(losses: Tensor, chosen: Bool[Tensor, "prompts reads"]) -> Tensor:
-    count = chosen.sum(-1)
-    total = torch.where(chosen, losses, 0.0).sum(-1)
-    # Where a loss is NaN that was computed, so is the mean; where nothing is chosen, too.
-    return torch.where(count > 0, total / count.clamp(min=1), torch.nan)
-
-
-def both_kinds(tokens: Sequence[int]) -> bool:
-    """Whether a prompt has predictions of both kinds."""
-    found = Predictions.of(torch.tensor([tokens]))
-    return bool(found.repeated.any() and found.first.any())
-
-
 def make_job(
     trials: Sequence[Ablated], prompts: PromptSet, members: Sequence[int], means: Means, name: str = ""
 ) -> Job:
@@ -163,28 +131,26 @@ def make_job(
     """
     local = {prompt: place for place, prompt in enumerate(members)}
     buckets = buckets_of(prompts, members)
-    works, measures, reduces = [], [], []
+    works, measurers = [], []
     for bucket in buckets:
         tokens = tokens_of(prompts, bucket)
-        works.append(_work(trials, tokens, means))
-        measures.append(_losses(tokens))
-        reduces.append(_reduce(Predictions.of(tokens)))
+        measurers.append(TokenMeasurer(METRICS, tokens))
+        works.append(_work(trials, tokens, measurers[-1].read, means))
     return Job(
         trials=len(trials),
         prompts=len(members),
         members=[[local[i] for i in bucket] for bucket in buckets],
         works=tuple(works),
-        measures=tuple(measures),
+        measures=tuple(measurer.measure for measurer in measurers),
         metrics=METRICS,
-        reduces=tuple(reduces),
+        reduces=tuple(measurer.reduce for measurer in measurers),
         name=name,
     )
 
 
-def _work(trials: Sequence[Ablated], tokens: Tensor, means: Means) -> Work:
+def _work(trials: Sequence[Ablated], tokens: Tensor, read: Tensor, means: Means) -> Work:
     prompts, length = tokens.shape
     everywhere = (tuple(range(length)),) * prompts
-    read = torch.arange(length - 1).expand(prompts, -1)
     bucket = Bucket.of({"clean": tokens}, read)
     every = tuple(range(prompts))
     return Work(bucket, tuple(Trial(trial.index, "clean", _edits(trial, everywhere, means), every) for trial in trials))
@@ -201,18 +167,3 @@ def _edits(trial: Ablated, positions: tuple[tuple[int, ...], ...], means: Means)
         else:
             edits.append(Edit(site, "constant", positions, units, values=means[layer][None, None, list(units)]))
     return tuple(edits)
-
-
-def _losses(tokens: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """Cross-entropy of the next token, nats: [n, 1]."""
-
-    def measure(logits: Tensor, prompt: Tensor, read: Tensor) -> Tensor:
-        following = tokens.to(logits.device)[prompt, read + 1]
-        wide = logits.float()
-        return (wide.logsumexp(-1) - wide.gather(1, following[:, None])[:, 0])[:, None]
-
-    return measure
-
-
-def _reduce(predictions: Predictions) -> Callable[[Tensor], Tensor]:
-    return lambda values: predictions.metrics(values[..., 0])

@@ -20,7 +20,7 @@ from mechinterp_cli.methods.experiment import Experiment, Setting, Tables, prepa
 from mechinterp_cli.methods.heads import tables
 from mechinterp_cli.methods.heads.ablations import Ablations
 from mechinterp_cli.methods.heads.attention import ATTENTION_SCORES
-from mechinterp_cli.methods.heads.causal import Means, Predictions, both_kinds, lay_out, make_job
+from mechinterp_cli.methods.heads.causal import Means, lay_out, make_job
 from mechinterp_cli.methods.heads.options import ATTENTION, METRICS, CausalOptions, HeadsOptions
 from mechinterp_cli.methods.heads.scoring import (
     Scored,
@@ -33,6 +33,7 @@ from mechinterp_cli.methods.heads.scoring import (
 from mechinterp_cli.models.anatomy import device_of
 from mechinterp_cli.models.checkpoints import last_of, moments_of
 from mechinterp_cli.tasks.prompts import PromptSet
+from mechinterp_cli.token_metrics import TokenMeasurer, both_kinds
 
 
 class HeadsExperiment(Experiment):
@@ -134,7 +135,7 @@ class HeadsExperiment(Experiment):
         for bucket in buckets_of(self.prompts, range(len(self.prompts.prompts))):
             tokens = tokens_of(self.prompts, bucket)
             seen = token_losses(self.model.model, self.model.anatomy, tokens)
-            losses[bucket] = Predictions.of(tokens).metrics(seen).numpy()
+            losses[bucket] = TokenMeasurer(METRICS, tokens).reduce(seen[..., None]).numpy()
         return losses
 
     def _is_ablated(self) -> bool:
