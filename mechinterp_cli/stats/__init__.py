@@ -1,5 +1,9 @@
-"""Statistics of patching effects: normalised effects, intervals, tests of many trials, verdicts. Numpy only."""
+"""Statistics of patching effects: normalised effects, intervals, tests of many trials, verdicts, contrasts of groups.
 
+Numpy and scipy only.
+"""
+
+from mechinterp_cli.stats.contrasts import Contrast, contrast
 from mechinterp_cli.stats.families import benjamini_hochberg, max_t, sign_flips, verdicts
 from mechinterp_cli.stats.intervals import Intervals, ratio_intervals
 from mechinterp_cli.stats.observations import Observations, Status, denominator_threshold, observe
@@ -9,6 +13,7 @@ from mechinterp_cli.stats.summary import ALL_GROUPS, Aggregate, StatsOptions, Su
 __all__ = [
     "ALL_GROUPS",
     "Aggregate",
+    "Contrast",
     "Intervals",
     "Observations",
     "StatsOptions",
@@ -17,6 +22,7 @@ __all__ = [
     "Units",
     "benjamini_hochberg",
     "choose_units",
+    "contrast",
     "denominator_threshold",
     "draw_weights",
     "max_t",

@@ -1,5 +1,6 @@
 """Tests of many trials at once: sign flips shared by a family, max-T, Benjamini–Hochberg, and verdicts."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -8,6 +9,7 @@ import numpy.typing as npt
 
 from mechinterp_cli.errors import UserError
 from mechinterp_cli.stats.observations import Floats
+from mechinterp_cli.stats.resampling import Integers
 
 Correction = Literal["max_t", "bh", "none"]
 
@@ -72,22 +74,43 @@ def max_t(sums: Floats, flips: SignFlips) -> tuple[Floats, Floats]:
     """
     scaled = studentized_sums(sums)
     observed = np.abs(scaled.sum(-1))
+
+    def flipped(rows: Integers) -> Floats:
+        return np.abs(scaled[rows] @ flips.signs.T)
+
+    return step_down(observed, flipped, len(flips.signs), exact=flips.exact)
+
+
+def step_down(
+    observed: Floats, drawn: Callable[[Integers], Floats], draws: int, *, exact: bool
+) -> tuple[Floats, Floats]:
+    """Counts how often statistics under the null reach the observed ones, alone and as step-down maxima.
+
+    Args:
+        observed: `[trials]`, at least 0.
+        drawn: From rows of trials to their statistics `[rows, draws]`, the same draws for all; may be overwritten.
+        draws: How many there are.
+        exact: The draws are all there can be, the observed one among them.
+
+    Returns:
+        p-values and those adjusted for the family, `[trials]` each.
+    """
     order = np.argsort(observed, kind="stable")
     least = observed * (1 - TIE)
-    own, stepped = np.zeros(len(sums)), np.zeros(len(sums))
-    highest = np.zeros(len(flips.signs))
-    step = max(1, CHUNK_BYTES // (8 * len(flips.signs)))
+    own, stepped = np.zeros(len(observed)), np.zeros(len(observed))
+    highest = np.zeros(draws)
+    step = max(1, CHUNK_BYTES // (8 * draws))
     # From the weakest trial up: the maximum over a trial and all weaker ones is what it is compared with.
     for start in range(0, len(order), step):
         rows = order[start : start + step]
-        flipped = np.abs(scaled[rows] @ flips.signs.T)
-        own[rows] = (flipped >= least[rows, None]).sum(1)
-        np.maximum(flipped[0], highest, out=flipped[0])
-        np.maximum.accumulate(flipped, axis=0, out=flipped)
-        stepped[rows] = (flipped >= least[rows, None]).sum(1)
-        highest = flipped[-1].copy()
-    extra = 0 if flips.exact else 1
-    p, adjusted = (own + extra) / flips.resolution, (stepped + extra) / flips.resolution
+        found = drawn(rows)
+        own[rows] = (found >= least[rows, None]).sum(1)
+        np.maximum(found[0], highest, out=found[0])
+        np.maximum.accumulate(found, axis=0, out=found)
+        stepped[rows] = (found >= least[rows, None]).sum(1)
+        highest = found[-1].copy()
+    extra = 0 if exact else 1
+    p, adjusted = (own + extra) / (draws + extra), (stepped + extra) / (draws + extra)
     # No trial may be adjusted to less than a stronger one.
     adjusted[order[::-1]] = np.maximum.accumulate(adjusted[order[::-1]])
     return p, adjusted
