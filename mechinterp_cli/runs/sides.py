@@ -18,12 +18,13 @@ from mechinterp_cli.stats.summary import ALL_GROUPS
 
 NEEDED = ("trial", "label", "group", "aggregate", "value", "effect", "normalized", "status", "metric", "site")
 """Columns that every summary has, and that every other table is given."""
-_REMEDIES = {
+REMEDIES = {
     "running": "Wait until it is complete.",
     "interrupted": "`mechinterp resume` finishes it.",
     "crashed": "`mechinterp resume` finishes it.",
     "failed": "Its log.jsonl says why; put that right and run it again.",
 }
+"""What to do about a run that is not complete."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +57,7 @@ def read_side(path: Path) -> Side:
         raise UserError(f"{path}: not a run directory", "`mechinterp runs` lists those of a folder.")
     manifest, condition = read_run(path)
     if condition != "complete":
-        raise UserError(f"{path}: the run is {condition}; only complete runs are compared", _REMEDIES[condition])
+        raise UserError(f"{path}: the run is {condition}; only complete runs are compared", REMEDIES[condition])
     standing = standing_of(manifest.subcommand)
     file = path / f"{standing.table if standing else 'summary'}.parquet"
     if file.name not in manifest.outputs:
@@ -67,7 +68,7 @@ def read_side(path: Path) -> Side:
     missing = [name for name in wanted if name not in frame]
     if missing:
         raise RunError(f"{file}: columns missing: {', '.join(missing)}", "`mechinterp verify` checks a run.")
-    return Side(path, manifest, _main_rows(frame) if standing is None else _standing_rows(frame, standing))
+    return Side(path, manifest, main_rows(frame) if standing is None else _standing_rows(frame, standing))
 
 
 def differing(a: Side, b: Side) -> list[str]:
@@ -95,7 +96,8 @@ def _conditions(side: Side, shared: Set[str]) -> dict[str, Any]:
     return {"subcommand": manifest.subcommand, "model": model, "task": task, "method": section, "versions": versions}
 
 
-def _main_rows(frame: pd.DataFrame) -> pd.DataFrame:
+def main_rows(frame: pd.DataFrame) -> pd.DataFrame:
+    """Rows of a `summary` that stand for all prompts, by the main aggregate of each metric."""
     rows = frame[frame["group"] == ALL_GROUPS]
     normalised = set(rows["metric"][rows["aggregate"] == "ratio_of_means"])
     main = rows["metric"].map(lambda metric: "ratio_of_means" if metric in normalised else "mean")
