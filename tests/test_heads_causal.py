@@ -371,6 +371,24 @@ def test_the_verdict_names_exactly_the_planted_heads(proof: Run, metric: str, sc
     assert rows[rows["verdict"] == "yes"]["effect"].min() > 1
 
 
+def test_the_margin_says_what_matters(tmp_path: Path) -> None:
+    causal = {"scores": ["previous_token"], "k": [3], "random": 1, "prompts": PROVED, "values": ["zero"], "margin": 5.0}
+    section = {"scores": ["previous_token"], "show": 0, "causal": causal}
+    summary = run_method(tmp_path, "heads", section, model={"id": "planted-induction"}, task=PLANTED).table("summary")
+    rows = summary[(summary["design"] == "single") & (summary["metric"] == "loss_gap")]
+    # Without the previous-token head the gap changes by less than 5 nats, without the induction head by more.
+    assert rows.set_index("set")["verdict"].to_dict() == {"0.1": "no", "1.0": "no", "1.2": "yes"}
+
+
+@pytest.mark.parametrize("score", ["direct_effect", "copying", "prefix_matching"])
+def test_only_heads_of_the_layers_that_are_asked_for_are_ablated(tmp_path: Path, score: str) -> None:
+    causal = {"scores": [score], "k": [1, 4], "random": 2, "prompts": 2}
+    task = {"name": "induction", "n": 4, "block": 6, "prefix": 2}
+    run = run_method(tmp_path, "heads", {"scores": [score], "layers": [0], "causal": causal}, task=task)
+    assert set(run.table("trials")["layer"]) == {0}
+    assert (run.table("causal")["k"].unique() == [1, 4]).all()
+
+
 def test_without_others_in_a_layer_there_are_no_random_sets(proof: Run) -> None:
     causal = proof.table("causal")
     rows = causal[causal["k"] == 8]
