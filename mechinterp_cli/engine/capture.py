@@ -193,3 +193,77 @@ def stream_means(model: nn.Module, anatomy: Anatomy, sites: set[Site], tokens: S
                 forward(model, part.to(device_of(model)), last_only=True)
     count = sum(batch.numel() for batch in tokens)
     return {site: (total / count).float() for site, total in sums.items()}
+
+
+@dataclass(frozen=True, eq=False)
+class Moments:
+    """Mean and standard deviation of a site's activations over all positions, by group of prompts.
+
+    Args:
+        mean: [groups, *features].
+        spread: Of each feature over prompts and positions of the group (divided by their number), as `mean`.
+    """
+
+    mean: Tensor
+    spread: Tensor
+
+
+@torch.no_grad()
+def group_moments(
+    model: nn.Module,
+    anatomy: Anatomy,
+    sites: set[Site],
+    tokens: Sequence[Tensor],
+    groups: Sequence[Sequence[int]],
+) -> dict[Site, Moments]:
+    """Moments over all positions of the prompts of each group, in float64.
+
+    Args:
+        model: The model.
+        anatomy: Its anatomy.
+        sites: Where; not `scores` or `pattern`.
+        tokens: By batch, ids [prompts, positions]; a batch is one pass.
+        groups: By batch, the group of each prompt; no group up to the largest is empty.
+    """
+    found: dict[Site, _Sums] = {}
+    size = 1 + max(group for batch in groups for group in batch)
+    for batch, group_of in zip(tokens, groups, strict=True):
+        chosen = torch.tensor(group_of)
+
+        def visit(site: Site, activation: Tensor, group: Tensor = chosen) -> None:
+            seen = activation.detach().double()
+            if site not in found:
+                found[site] = _Sums.at(seen, size)
+            found[site].add(seen, group.to(seen.device))
+
+        with visiting(model, anatomy, kinds_by_layer(sites), visit):
+            forward(model, batch.to(device_of(model)), last_only=True)
+    return {site: sums.moments() for site, sums in found.items()}
+
+
+@dataclass(frozen=True, eq=False)
+class _Sums:
+    """Running sums by group of the distances from one point and of their squares."""
+
+    point: Tensor
+    total: Tensor
+    squares: Tensor
+    count: Tensor
+
+    @classmethod
+    def at(cls, seen: Tensor, groups: int) -> "_Sums":
+        # Squares of numbers far from zero would leave no digits for their variance: distances from a mean have them.
+        zeros = seen.new_zeros(groups, *seen.shape[2:])
+        return cls(seen.mean((0, 1)), zeros, zeros.clone(), seen.new_zeros(groups))
+
+    def add(self, seen: Tensor, group: Tensor) -> None:
+        away = seen - self.point
+        self.total.index_add_(0, group, away.sum(1))
+        self.squares.index_add_(0, group, away.square().sum(1))
+        self.count.index_add_(0, group, self.count.new_full((len(seen),), seen.shape[1]))
+
+    def moments(self) -> Moments:
+        count = self.count.view(-1, *[1] * (self.total.ndim - 1))
+        mean = self.total / count
+        spread = (self.squares / count - mean.square()).clamp(min=0).sqrt()
+        return Moments((mean + self.point).float().cpu(), spread.float().cpu())

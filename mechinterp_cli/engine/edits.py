@@ -5,6 +5,7 @@ A *row* is one (trial, prompt, position). Every executor brings the site's activ
 wherever it is computed.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -31,6 +32,32 @@ class Site:
     layer: int
 
 
+class RowValues(ABC):
+    """Values of `constant` or `add` that are looked up or drawn when rows are edited.
+
+    Trials that share one object hold no numbers of their own, and are edited together.
+    """
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, ...]:
+        """[prompts or 1, positions or 1, *features] of all units, as a tensor of them would have."""
+
+    @abstractmethod
+    def at(self, prompt: Tensor, position: Tensor, units: tuple[int, ...] | None) -> Tensor:
+        """The values [rows, *features] of some rows, of these units only.
+
+        Args:
+            prompt: For every row its prompt in the bucket.
+            position: For every row its position.
+            units: Heads or features; None for all.
+        """
+
+    @abstractmethod
+    def of(self, prompts: Sequence[int]) -> "RowValues":
+        """The values of a bucket of only these of the prompts."""
+
+
 @dataclass(frozen=True, eq=False)
 class Edit:
     """One edit at one site.
@@ -45,7 +72,8 @@ class Edit:
         source: Stream that `replace` and `swap` read, at the same site.
         source_prompts: For every prompt the prompt of the bucket that is read; None for the same one.
         values: `constant`, `add`: what is put there or added, broadcastable to [prompts, positions, *features]
-            after selecting `units`, indexed by prompt and absolute position where those axes are longer than 1.
+            after selecting `units`, indexed by prompt and absolute position where those axes are longer than 1;
+            or `RowValues`, which select the units themselves.
             `scale`: a factor. `project`, `swap`: orthonormal rows [k, features]. `affine`: the matrix A of
             x → A x + b.
         offset: `affine`: b.
@@ -58,7 +86,7 @@ class Edit:
     keys: tuple[tuple[int, ...], ...] | None = None
     source: str | None = None
     source_prompts: tuple[int, ...] | None = None
-    values: Tensor | None = None
+    values: Tensor | RowValues | None = None
     offset: Tensor | None = None
 
     @property
@@ -168,6 +196,9 @@ def _values(edit: Edit, rows: Rows) -> Tensor:
     """The edit's values for each row: [rows or 1, *features]."""
     values = edit.values
     assert values is not None
+    if isinstance(values, RowValues):
+        return values.at(rows.prompt, rows.position, edit.units)
+    values = values.to(rows.prompt.device)
     prompt = rows.prompt if values.shape[0] > 1 else torch.zeros_like(rows.prompt)
     position = rows.position if values.shape[1] > 1 else torch.zeros_like(rows.position)
     return values[prompt, position]
@@ -186,7 +217,7 @@ def _new(old: Tensor, edit: Edit, rows: Rows, source: Tensor | None) -> Tensor:
         case "add":
             return old + _values(edit, rows).to(old)
         case "scale":
-            assert edit.values is not None
+            assert isinstance(edit.values, Tensor)
             return old * edit.values.to(old)
         case "mask":
             return torch.full_like(old, -torch.inf)
@@ -196,14 +227,14 @@ def _new(old: Tensor, edit: Edit, rows: Rows, source: Tensor | None) -> Tensor:
         case "project":
             return old - _onto(old, edit)
         case "affine":
-            assert edit.values is not None
+            assert isinstance(edit.values, Tensor)
             flat = old.flatten(1) @ edit.values.to(old).T
             return (flat if edit.offset is None else flat + edit.offset.to(old)).view_as(old)
 
 
 def _onto(x: Tensor, edit: Edit) -> Tensor:
     """The part of x [rows, *features] in the span of the edit's orthonormal rows."""
-    assert edit.values is not None
+    assert isinstance(edit.values, Tensor)
     basis = edit.values.to(x)
     return ((x.flatten(1) @ basis.T) @ basis).view_as(x)
 

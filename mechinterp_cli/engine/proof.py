@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mechinterp_cli.engine.edits import Bucket, Edit, Site, Trial
+from mechinterp_cli.engine.edits import Bucket, Edit, RowValues, Site, Trial
 from mechinterp_cli.engine.execute import EXECUTORS, Executor, executor_named
 from mechinterp_cli.engine.gather import NotGatherable
 from mechinterp_cli.engine.plan import Work
@@ -184,7 +184,7 @@ def crop(trial: Trial, prompts: list[int], index: int) -> Trial:
 def _cropped(edit: Edit, prompts: list[int]) -> Edit:
     sources, values = edit.source_prompts, edit.values
     if edit.op in ("constant", "add") and values is not None and values.shape[0] > 1:
-        values = values[prompts]
+        values = values.of(prompts) if isinstance(values, RowValues) else values[prompts]
     place = {prompt: i for i, prompt in enumerate(prompts)}
     return replace(
         edit,
