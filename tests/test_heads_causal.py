@@ -409,7 +409,7 @@ SMALL = {"scores": ["induction", "copying"], "causal": CAUSAL | {"scores": ["ind
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder of its own with a config, and units so small that there are many."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(plan, "ROWS_PER_UNIT", 64)
+    monkeypatch.setattr(plan, "ROWS_PER_UNIT", 128)
     config_of(tmp_path, SMALL, method="heads", task=TASK)
     return tmp_path
 
@@ -474,11 +474,9 @@ def test_a_repeated_run_moves_no_number(
     ("table", "column", "words"),
     [
         ("scores", "value", "scores: "),
-        ("sequences", "value", "sequences: "),
         ("causal", "random_effect", "causal: "),
         ("patterns", "value", "patterns: "),
         ("results", "value", "results: trial 0, "),
-        ("baselines", "value", "baselines: prompt 0, "),
     ],
 )
 def test_a_changed_cell_is_found_by_verify_and_by_reproduce(
