@@ -240,6 +240,18 @@ def test_a_csv_that_is_left_out_is_told(tmp_path: Path, monkeypatch: pytest.Monk
     assert (asked[0] in (run.path / "log.jsonl").read_text()) == left_out
 
 
+def test_a_table_stands_for_a_method_s_runs_only_where_it_can() -> None:
+    register_all()
+    found = schema.standing_of("heads")
+    assert found is not None
+    assert (found.table, found.metric) == ("scores", "score")
+    assert schema.standing_of("patch") is None
+    for table, metric, lacks in (("causal", "metric", "value, status"), ("scores", "chance", "the key chance")):
+        with pytest.raises(ValueError, match=f"{table}: lacks {lacks}"):
+            schema.register_standing("heads", schema.Standing(table, metric, "head", "head {layer}"))
+    assert schema.standing_of("heads") == found
+
+
 @pytest.fixture(scope="module")
 def sweep() -> Sweep:
     register_all()

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mechinterp_cli.cli.main import main
+from mechinterp_cli.config.base import MethodOptions
 from mechinterp_cli.runs.atomic import FileInfo, file_info
 from mechinterp_cli.runs.lock import hold
 from mechinterp_cli.runs.manifest import Manifest
@@ -445,7 +446,9 @@ def test_what_a_complete_run_must_have(run: Path, name: str) -> None:
 def test_unknown_subcommand(run: Path) -> None:
     change(run, subcommand="ptach")
     (problem,) = problems(run)
-    assert problem == "manifest.json: subcommand: 'ptach' is unknown; there are heads, patch"
+    known = sorted(MethodOptions.registry)
+    assert {"heads", "patch"} <= set(known)
+    assert problem == f"manifest.json: subcommand: 'ptach' is unknown; there are {', '.join(known)}"
 
 
 def test_other_version_is_named_where_forms_differ(run: Path) -> None:
