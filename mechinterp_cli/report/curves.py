@@ -15,6 +15,8 @@ SHAPES = ("circle", "square", "triangle-up", "diamond", "cross", "triangle-down"
 DASHES: tuple[list[int], ...] = ([1, 0], [6, 3], [2, 2], [8, 2, 2, 2])
 """Lines differ by colour, dash and shape: the colours alone are lost in a grey print."""
 HEIGHT, LOW_HEIGHT, LEGEND_ROOM = 230, 150, 190
+MAX_MARKS = 60
+"""A line of more points is drawn without marks at them, which would hide it."""
 LABEL_PIXELS = 40
 """Room that the label of a number on the x axis takes."""
 WIDE = 20
@@ -47,13 +49,15 @@ def _panel(curves: Curves, index: int, across: int) -> alt.LayerChart:
     y_scale = alt.Scale(domain=[low, high], nice=False, zero=False)
     y_axis = alt.Axis(format="~f", tickCount=4 if stacked else 6, minExtent=34, titleLimit=HEIGHT)
     y = alt.Y("y:Q", scale=y_scale, axis=y_axis, title=show_text(panel.y_title))
-    colour, dash, shape = _looks([curve.name for curve in panel.curves], with_legend)
+    marked = max((len(curve.x) for curve in panel.curves), default=0) <= MAX_MARKS
+    colour, dash, shape = _looks([curve.name for curve in panel.curves], with_legend, marked)
     points = inline([row for curve in panel.curves for row in _points(curve)])
     layers: list[alt.Chart] = [_zero(y)] if low < 0 < high else []
     if any(curve.low is not None for curve in panel.curves):
         layers += _bands(panel, x, y, colour)
     layers.append(alt.Chart(points).mark_line(strokeWidth=2).encode(x, y, colour, dash, detail="name:N"))
-    layers.append(alt.Chart(points).mark_point(filled=True, size=42, opacity=1).encode(x, y, colour, shape))
+    if marked:
+        layers.append(alt.Chart(points).mark_point(filled=True, size=42, opacity=1).encode(x, y, colour, shape))
     height = LOW_HEIGHT if stacked else HEIGHT
     return alt.LayerChart(layer=layers, width=curves.width, height=height, title=show_text(panel.title))
 
@@ -97,18 +101,15 @@ def _shown(x: float | str) -> float | str:
     return show_text(x) if isinstance(x, str) else float(x)
 
 
-def _looks(names: Sequence[str], with_legend: bool) -> tuple[alt.Color, alt.StrokeDash, alt.Shape]:
+def _looks(names: Sequence[str], with_legend: bool, marked: bool) -> tuple[alt.Color, alt.StrokeDash, alt.Shape]:
     """Colour, dash and shape of every curve; the legend shows colour and shape, as dashes spoil small marks."""
     shown = [show_text(name) for name in names]
 
     def scale(looks: Sequence[Any]) -> alt.Scale:
         return alt.Scale(domain=shown, range=[looks[i % len(looks)] for i in range(len(shown))])
 
-    legend = (
-        alt.Legend(title=None, labelLimit=LEGEND_ROOM, symbolOpacity=1, symbolSize=70, symbolStrokeWidth=0)
-        if with_legend
-        else None
-    )
+    symbols = {"symbolSize": 70, "symbolStrokeWidth": 0} if marked else {"symbolType": "stroke", "symbolStrokeWidth": 3}
+    legend = alt.Legend(title=None, labelLimit=LEGEND_ROOM, symbolOpacity=1, **symbols) if with_legend else None
     return (
         alt.Color("name:N", scale=scale(SERIES_COLOURS), legend=legend),
         alt.StrokeDash("name:N", scale=scale(DASHES), legend=None),
@@ -124,6 +125,10 @@ def _x_axis(curves: Curves, *, labels: bool) -> alt.X:
         names = [show_text(str(x)) for x in places]
         axis = alt.Axis(labels=labels, labelAngle=-50, labelLimit=140, labelOverlap=False, values=_thin_names(names))
         return alt.X("x:N", scale=alt.Scale(domain=names), axis=axis, title=title)
+    if curves.linear:
+        ends = alt.Scale(domain=_x_domain(numbers, "linear"), nice=False, zero=False)
+        axis = alt.Axis(labels=labels, tickMinStep=1, format="d")
+        return alt.X("x:Q", scale=ends, axis=axis, title=title)
     kind, constant = _x_scale(numbers)
     scale = alt.Scale(type=kind, domain=_x_domain(numbers, kind), nice=False)
     if kind == "symlog":

@@ -33,12 +33,15 @@ class Panel:
     column_title: str
     columns: tuple[str, ...]
     """Labels, distinct."""
-    layers: tuple[int, ...]
-    """Ascending; drawn with the first at the bottom, as the network is."""
+    layers: tuple[int | str, ...]
+    """Ascending; drawn with the first at the bottom, as the network is. Names where the rows are no layers, distinct;
+    drawn with the first at the top."""
     values: npt.NDArray[np.float64]
     """`[layers, columns]`; finite where `status` is `ok`."""
     status: npt.NDArray[np.object_]
     """`ok`, `trivial` (exactly 0, not computed), `undefined`, `nan`, or `absent` (no such trial)."""
+    row_title: str = "layer"
+    """What the rows are."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -73,7 +73,7 @@ def _panel_chart(heatmap: Heatmap, panel: Panel, *, with_legend: bool) -> alt.La
     # The order is the scale's domain: as a `sort` list, a thousand columns overflow the renderer's stack.
     order = alt.Scale(domain=list(panel.columns))
     x = alt.X("column:N", scale=order, title=panel.column_title or None, axis=_column_axis(panel))
-    y = alt.Y("layer:O", sort="descending", title="layer", axis=_layer_axis(panel))
+    y = _rows(panel)
     cells = _cells(panel)
     known = alt.InlineData(values=[cell for cell in cells if cell["state"] == "ok"])
     odd = alt.InlineData(values=[cell for cell in cells if cell["state"] in STATE_COLOURS])
@@ -87,6 +87,13 @@ def _panel_chart(heatmap: Heatmap, panel: Panel, *, with_legend: bool) -> alt.La
     return drawn
 
 
+def _rows(panel: Panel) -> alt.Y:
+    if panel.row_title == "layer":
+        return alt.Y("layer:O", sort="descending", title="layer", axis=_layer_axis(panel))
+    order = alt.Scale(domain=list(panel.layers))
+    return alt.Y("layer:N", scale=order, title=panel.row_title or None, axis=_layer_axis(panel))
+
+
 def _column_axis(panel: Panel) -> alt.Axis:
     short = all(len(label) <= 3 for label in panel.columns)
     every = max(1, -(-len(panel.columns) // MAX_COLUMN_LABELS))
@@ -96,7 +103,8 @@ def _column_axis(panel: Panel) -> alt.Axis:
 
 def _layer_axis(panel: Panel) -> alt.Axis:
     every = max(1, -(-len(panel.layers) // 48))
-    return alt.Axis(values=list(panel.layers[::every]), labelOverlap=False, ticks=False, titleAngle=-90)
+    values: list[Any] = list(panel.layers[::every])
+    return alt.Axis(values=values, labelOverlap=False, ticks=False, titleAngle=-90)
 
 
 def _value_colour(heatmap: Heatmap, with_legend: bool) -> alt.Color:

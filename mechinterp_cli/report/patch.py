@@ -84,7 +84,7 @@ def patch_view(manifest: Manifest, tables: Mapping[str, pd.DataFrame]) -> PatchV
     normalised = bool((summary["aggregate"] == "ratio_of_means").any())
     aggregate = "ratio_of_means" if normalised else "mean"
     chosen = (summary["metric"] == metric) & (summary["group"] == "all") & (summary["aggregate"] == aggregate)
-    everywhere, tokens = summary[chosen], _first_tokens(prompts)
+    everywhere, tokens = summary[chosen], first_tokens(prompts)
     checkpoints = checkpoints_of(summary)
     rows = checkpoints.last(everywhere)
     about = (manifest.model.get("id", ""), checkpoints.about, metric, f"{prompts['prompt'].nunique()} prompts")
@@ -94,7 +94,7 @@ def patch_view(manifest: Manifest, tables: Mapping[str, pd.DataFrame]) -> PatchV
         normalization=manifest.display.get("scale", ""),
         aggregate=aggregate,
         tokens=tokens,
-        names_vary=_names_vary(prompts),
+        names_vary=names_vary(prompts),
     )
     return PatchView(
         maps=tuple(_maps(rows, spec, metric, one_template="" in tokens)),
@@ -117,7 +117,12 @@ def _maps(rows: pd.DataFrame, spec: HeatmapSpec, metric: str, *, one_template: b
         yield f"{int(str(block)):02d}-{kind}-{metric}", build_heatmap(part, replace(spec, title=title))
 
 
-def _first_tokens(prompts: pd.DataFrame) -> dict[str, Sequence[str]]:
+def first_tokens(prompts: pd.DataFrame) -> dict[str, Sequence[str]]:
+    """Decoded tokens of each template's first prompt; those of the one template of a set also under ``""``.
+
+    Args:
+        prompts: The table.
+    """
     clean = prompts[prompts["stream"] == "clean"].drop_duplicates("template")
     tokens: dict[str, Sequence[str]] = {
         str(name): list(words) for name, words in zip(clean["template"], clean["tokens"], strict=True)
@@ -127,8 +132,12 @@ def _first_tokens(prompts: pd.DataFrame) -> dict[str, Sequence[str]]:
     return tokens
 
 
-def _names_vary(prompts: pd.DataFrame) -> bool:
-    """Whether prompts of one template hold different tokens somewhere."""
+def names_vary(prompts: pd.DataFrame) -> bool:
+    """Whether prompts of one template hold different tokens somewhere.
+
+    Args:
+        prompts: The table.
+    """
     clean = prompts[prompts["stream"] == "clean"]
     first: dict[str, tuple[int, ...]] = {}
     pairs = zip(clean["template"], clean["token_ids"], strict=True)

@@ -56,6 +56,44 @@ class Curves:
     one_legend: bool = False
     """All panels have curves of the same names."""
     width: int = 260
+    linear: bool = False
+    """The x axis is never logarithmic, and its ticks are round numbers: positions, not sizes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dot:
+    """One number with its interval; NaN where there is none."""
+
+    name: str
+    """The row that it stands in."""
+    series: str
+    """What its colour tells."""
+    value: float
+    low: float = math.nan
+    high: float = math.nan
+
+
+@dataclass(frozen=True, kw_only=True)
+class DotPanel:
+    """One panel of rows; every series has one dot in a row at most."""
+
+    title: str
+    x_title: str
+    dots: tuple[Dot, ...]
+    references: tuple[float, ...] = (0.0,)
+    """Where thin lines stand, which are always in view."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dots:
+    """One picture: panels of dots with intervals."""
+
+    title: str
+    lines: tuple[str, ...]
+    """What stands below the title."""
+    panels: tuple[DotPanel, ...]
+    one_axis: bool = False
+    """All panels have the same rows, named once."""
 
 
 def y_range(panels: Sequence[CurvePanel]) -> tuple[float, float]:

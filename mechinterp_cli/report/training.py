@@ -1,7 +1,7 @@
 """Pictures and tables along training: scores of heads, in-context loss, effects of trials."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import pandas as pd
 from rich.console import Group
@@ -128,6 +128,7 @@ def trial_curves(
     tokens: Mapping[str, Sequence[str]],
     quantity: str,
     about: Sequence[str],
+    named: Callable[[Mapping[str, object], Mapping[str, Sequence[str]]], str] = describe_place,
 ) -> Curves:
     """The strongest trials' effect against training.
 
@@ -138,6 +139,7 @@ def trial_curves(
         tokens: Decoded tokens by template.
         quantity: `normalized` or `effect`.
         about: What stands in the subtitle.
+        named: What a trial is called, of its row and the tokens.
     """
     x_title, x = axis(checkpoints)
     curves = []
@@ -147,7 +149,7 @@ def trial_curves(
         at = {str(other["checkpoint"]): other for other in same.to_dict("records")}
         rows = [at.get(name, {}) for name in checkpoints.names]
         y, low, high = (tuple(number(other.get(name)) for other in rows) for name in (quantity, "ci_low", "ci_high"))
-        curves.append(Curve(name=describe_place(row, tokens), x=x, y=y, low=low, high=high))
+        curves.append(Curve(name=named(row, tokens), x=x, y=y, low=low, high=high))
     return Curves(
         title="Effect of the strongest trials along training",
         lines=tuple(filter(None, (", ".join(filter(None, about)), "Strongest at the last checkpoint."))),

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import pandas as pd
 
 from mechinterp_cli.errors import UserError
+from mechinterp_cli.report.ablate import ablate_view
 from mechinterp_cli.report.heads import heads_view
 from mechinterp_cli.report.patch import patch_view
 from mechinterp_cli.report.shapes import Picture
@@ -47,9 +48,11 @@ class ViewSource:
     """Tables that a run may not have."""
 
 
+_ABLATE = ("baselines", "curve", "circuits", "interactions", "contrasts", "positions", "words")
 VIEWS: Mapping[str, ViewSource] = {
     "patch": ViewSource(patch_view, needs=("summary", "prompts")),
     "heads": ViewSource(heads_view, needs=("scores",), uses=("patterns", "prompts", "causal", "summary", "baselines")),
+    "ablate": ViewSource(ablate_view, needs=("summary", "prompts"), uses=_ABLATE),
 }
 """By subcommand."""
 

@@ -1,0 +1,259 @@
+"""The view of an `ablate` run: maps of single units, rankings, sets, pairs, groups, positions and words."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pandas as pd
+from rich.console import Group
+
+from mechinterp_cli.report.causal import causal_curves, causal_sentences, causal_tables
+from mechinterp_cli.report.cells import figure, missing, number
+from mechinterp_cli.report.checkpoints import Checkpoints, checkpoints_of
+from mechinterp_cli.report.circuits import circuit_dots, circuit_tables
+from mechinterp_cli.report.contrasts import Contrasts, contrast_dots, contrast_tables
+from mechinterp_cli.report.grid import Heatmap, HeatmapSpec, build_heatmap
+from mechinterp_cli.report.interactions import interaction_map, interaction_table, strongest_pairs
+from mechinterp_cli.report.patch import first_tokens, names_vary
+from mechinterp_cli.report.positions import position_curves
+from mechinterp_cli.report.rows import Row, chosen_metric, distinct, having, records, without
+from mechinterp_cli.report.shapes import Curves, Dots, Picture
+from mechinterp_cli.report.tables import line
+from mechinterp_cli.report.terminal import terminal_heatmap
+from mechinterp_cli.report.training import trial_curves
+from mechinterp_cli.report.trials import Trials, called, trials_of, trials_table
+from mechinterp_cli.report.words import word_tables
+from mechinterp_cli.runs.manifest import Manifest
+
+SUMMARY = ("label", "ablation", "design", "set", "metric", "value", "effect", "normalized", "ci_low", "ci_high")
+CURVE = ("k", "units", "random_effect", "random_low", "random_high", "draws", "difference", "p")
+CIRCUITS = ("size", "full", "empty", "alone", "without", "faithfulness", "completeness")
+PAIRS = ("a", "b", "effect_a", "effect_b", "joint", "interaction", "group_a", "group_b")
+HEADLINE = ("table", *SUMMARY, "p_adjusted", "n", "verdict", *CURVE, *CIRCUITS, *PAIRS)
+"""Rows of several tables, told apart by `table`; what a table does not have is null."""
+KINDS = {
+    "head": "heads", "kv_head": "key/value heads", "neuron": "neurons", "attention": "attention blocks",
+    "mlp": "MLP blocks", "layer": "layers", "direction": "directions", "edge": "attention edges",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class AblateView:
+    """Everything that is shown of a run; empty frames where its design has no such table."""
+
+    maps: tuple[tuple[str, Heatmap], ...]
+    """(file name without ending, picture) of every block of single units and value."""
+    trials: Trials
+    """Of the first metric, the last checkpoint."""
+    everywhere: Trials
+    """The same of every checkpoint."""
+    checkpoints: Checkpoints
+    curve: pd.DataFrame
+    """All metrics."""
+    circuits: pd.DataFrame
+    interactions: pd.DataFrame
+    contrasts: Contrasts
+    positions: pd.DataFrame
+    words: pd.DataFrame
+    prompts: pd.DataFrame
+    baseline: str
+    """The first metric of the unedited model, mean over prompts, as text; empty where it is not known."""
+    about: tuple[str, ...]
+    """Task, model, checkpoint: for subtitles."""
+    noun: str
+    """What is ablated: `heads`; `units` where there are several kinds."""
+    count: int
+    """How many of the strongest are listed."""
+
+    @property
+    def pictures(self) -> Sequence[tuple[str, Picture]]:
+        """Every map, rankings, interactions, sets, groups, positions; then the strongest trials along training."""
+        # Altair takes half a second to import, which the terminal's view need not wait for.
+        from mechinterp_cli.report import curves, dots, heatmap
+
+        def drawing(shape: Heatmap | Curves | Dots) -> Picture:
+            if isinstance(shape, Heatmap):
+                return heatmap.drawing(shape)
+            return curves.drawing(shape) if isinstance(shape, Curves) else dots.drawing(shape)
+
+        return [(name, drawing(shape)) for name, shape in self._shapes()]
+
+    def _shapes(self) -> Iterator[tuple[str, Heatmap | Curves | Dots]]:
+        about = (*self.about, self.trials.metric)
+        yield from self.maps
+        for metric in distinct(self.curve, "metric"):
+            rows = _ranked(having(self.curve, metric=metric))
+            made = causal_curves(rows, self.about, title="Effect of ablating the top of a ranking", noun=self.noun)
+            yield from [(f"curve-{metric}", made)] if made is not None else []
+        pairs, sets = interaction_map(self.interactions, about), circuit_dots(self.circuits, about)
+        yield from [("interactions", pairs)] if pairs is not None else []
+        yield from [("circuits", sets)] if sets is not None else []
+        yield from contrast_dots(self.contrasts, about, count=self.count)
+        yield from position_curves(self.positions, self.trials, self.about)
+        yield from [("training", self._along_training())] if self.checkpoints.several and len(self.followed) else []
+
+    @property
+    def followed(self) -> pd.DataFrame:
+        """The trials that are drawn along training: of the first value, as others would be the same units again."""
+        first = distinct(self.trials.rows, "ablation")[:1]
+        trials = replace(self.trials, rows=having(self.trials.rows, ablation=tuple(first)))
+        there = trials.strongest(self.count)
+        return there if len(there) else having(trials.rows, design="cumulative")
+
+    def _along_training(self) -> Curves:
+        followed, everywhere = self.followed, self.everywhere
+        rows = having(everywhere.rows, ablation=str(followed["ablation"].iloc[0]))
+        about = tuple(part for part in self.about if part != self.checkpoints.about)
+        title = (*about, self.trials.metric, f"{followed['ablation'].iloc[0]} ablation")
+        return trial_curves(
+            rows, followed, self.checkpoints, everywhere.tokens, everywhere.quantity, title, named=called
+        )
+
+    def draw(self, width: int, plain: bool) -> Iterator[Any]:
+        """What rich prints: the first map, the strongest trials, and the tables of the design."""
+        if self.maps:
+            yield terminal_heatmap(self.maps[0][1], width=width, plain=plain)
+        told = trials_table(self.trials, self.baseline, count=self.count, width=width, plain=plain)
+        yield from [told] if told is not None else []
+        ranked = _ranked(self._first(self.curve))
+        yield from causal_tables(ranked, width=width, plain=plain, noun=self.noun)
+        if sentences := causal_sentences(ranked, pd.DataFrame(), noun=self.noun):
+            yield Group(*[line(sentence, plain) for sentence in sentences])
+        yield from circuit_tables(self.circuits, width=width, plain=plain)
+        pairs = interaction_table(self.interactions, count=10, width=width, plain=plain)
+        yield from [pairs] if pairs is not None else []
+        yield from contrast_tables(self.contrasts, count=self.count, width=width, plain=plain)
+        yield from word_tables(self.words, self.prompts, self.trials, width=width, plain=plain)
+
+    def _first(self, rows: pd.DataFrame) -> pd.DataFrame:
+        """The rows of the first metric."""
+        return having(rows, metric=self.trials.metric) if len(rows) else rows
+
+    def headline(self) -> list[dict[str, Any]]:
+        """The strongest trials, then what the design's own tables hold of the first metric, as plain data."""
+        contrasts = [row for a, b in self.contrasts.pairs for row in self.contrasts.strongest(a, b, self.count)]
+        found: dict[str, list[Row]] = {
+            "summary": records(self.trials.strongest(self.count)),
+            "curve": records(self._first(self.curve)),
+            "circuits": records(self.circuits),
+            "interactions": strongest_pairs(self.interactions, self.count) if len(self.interactions) else [],
+            "contrasts": contrasts,
+        }
+        return [
+            {name: None if missing(row.get(name)) else row[name] for name in HEADLINE}
+            for table, rows in found.items()
+            for row in ({**row, "table": table} for row in rows)
+        ]
+
+
+def ablate_view(manifest: Manifest, tables: Mapping[str, pd.DataFrame]) -> AblateView:
+    """The view of a run.
+
+    Args:
+        manifest: The run's.
+        tables: `summary` and `prompts`, and of the others those that there are.
+    """
+    summary, prompts, config = tables["summary"], tables["prompts"], manifest.config
+    checkpoints = checkpoints_of(summary)
+    metrics = [str(name) for name in config.get("metrics") or ()]
+    everywhere = trials_of(summary, metrics, first_tokens(prompts))
+    trials = replace(everywhere, rows=checkpoints.last(everywhere.rows))
+
+    def last(name: str) -> pd.DataFrame:
+        found = tables.get(name)
+        return pd.DataFrame() if found is None else checkpoints.last(found)
+
+    def first(name: str) -> pd.DataFrame:
+        rows = last(name)
+        return having(rows, metric=chosen_metric(rows, [trials.metric])) if len(rows) else rows
+
+    named = (manifest.display.get("title", manifest.name), str(manifest.model.get("id", "")), checkpoints.about)
+    about = tuple(part for part in named if part)
+    contrasts = first("contrasts")
+    return AblateView(
+        maps=tuple(_maps(trials, manifest, prompts, about)) if last("interactions").empty else (),
+        trials=trials,
+        everywhere=everywhere,
+        checkpoints=checkpoints,
+        curve=last("curve"),
+        circuits=first("circuits"),
+        interactions=first("interactions"),
+        contrasts=Contrasts(
+            rows=contrasts,
+            trials=trials,
+            groups=_by_group(checkpoints.last(summary), trials.metric),
+            margin=manifest.display.get("margin", ""),
+            question=manifest.display.get("question", ""),
+        ),
+        positions=last("positions"),
+        words=last("words"),
+        prompts=prompts,
+        baseline=_baseline(last("baselines"), trials.metric),
+        about=about,
+        noun=_noun(manifest),
+        count=config["output"]["top"],
+    )
+
+
+def _by_group(summary: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """Effects in the metric's own unit, of single groups."""
+    rows = without(having(summary, metric=metric, aggregate="mean"), "ranking")
+    return rows[(rows["group"].notna() & (rows["group"] != "all")).fillna(False).to_numpy(dtype=bool)]
+
+
+def _blocks(manifest: Manifest) -> list[str]:
+    """The kind of every block of units."""
+    return [str(block["kind"]) for block in (manifest.config.get("ablate") or {}).get("units") or []]
+
+
+def _noun(manifest: Manifest) -> str:
+    kinds = set(_blocks(manifest))
+    return KINDS.get(kinds.pop(), "units") if len(kinds) == 1 else "units"
+
+
+def _baseline(baselines: pd.DataFrame, metric: str) -> str:
+    if baselines.empty:
+        return ""
+    values = [number(value) for value in having(baselines, stream="clean", metric=metric)["value"]]
+    known = [value for value in values if value == value]
+    return figure(sum(known) / len(known)) if known else ""
+
+
+def _ranked(curve: pd.DataFrame) -> pd.DataFrame:
+    """The curve as a proof by ablation is told, of no score."""
+    return curve.rename(columns={"units": "heads"}).assign(score="") if len(curve) else curve
+
+
+def _maps(
+    trials: Trials, manifest: Manifest, prompts: pd.DataFrame, about: Sequence[str]
+) -> Iterator[tuple[str, Heatmap]]:
+    """A map per block and value of the units that were ablated alone."""
+    kinds = _blocks(manifest)
+    counts = f"{prompts['prompt'].nunique()} prompts"
+    spec = HeatmapSpec(
+        title="",
+        subtitle=", ".join((*about[1:], trials.metric, counts)),
+        normalization=manifest.display.get("scale", ""),
+        aggregate=trials.aggregate,
+        tokens=trials.tokens,
+        names_vary=names_vary(prompts),
+    )
+    rows = having(trials.rows, design="single")
+    # The rows of all prompts may be of no group; the one template of a set needs no name.
+    rows = rows.assign(group="all")
+    if "" in trials.tokens and "template" in rows:
+        rows = rows.assign(template=pd.Series(pd.NA, index=rows.index, dtype=object))
+    for ablation in distinct(rows, "ablation"):
+        for number_of, part in having(rows, ablation=ablation).groupby("block", sort=True):
+            block = int(str(number_of))
+            kind = kinds[block] if block < len(kinds) else str(part["site"].iloc[0])
+            title = f"{KINDS.get(kind, kind)}, {ablation} ablation, {about[0]}"
+            made = build_heatmap(part, replace(spec, title=title, normalization=_caption(spec, part)))
+            yield f"{block:02d}-{kind}-{ablation}-{trials.metric}", made
+
+
+def _caption(spec: HeatmapSpec, part: pd.DataFrame) -> str:
+    """What 0 and 1 mean; and that units share a cell, where some do."""
+    columns = [name for name in ("layer", "head", "kv_head", "neuron", "span", "position", "template") if name in part]
+    shared = part.duplicated(columns).any()
+    return " ".join(filter(None, (spec.normalization, "Each cell is the strongest that it holds." if shared else "")))

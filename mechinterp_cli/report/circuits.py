@@ -1,0 +1,101 @@
+"""Named sets kept or removed: how much of the behaviour a set alone has, and how much is left without it."""
+
+from collections.abc import Iterator, Sequence
+
+import pandas as pd
+from rich.console import Group
+
+from mechinterp_cli.report.causal import unit_of
+from mechinterp_cli.report.cells import figure, interval, number, text
+from mechinterp_cli.report.rows import Row, distinct, having, records
+from mechinterp_cli.report.shapes import Dot, DotPanel, Dots
+from mechinterp_cli.report.tables import Column, text_table
+
+SHARES = ("faithfulness", "completeness")
+BRIEF = 72
+"""Narrower terminals get no intervals."""
+MAX_SETS = 40
+"""More are in the table alone."""
+_COLUMNS = {
+    "set": Column(left=True, broken=True),
+    "size": Column(3),
+    "alone": Column(4),
+    "without": Column(4),
+    "faithfulness": Column(),
+    "completeness": Column(1),
+    "n": Column(6),
+}
+
+
+def circuit_dots(rows: pd.DataFrame, about: Sequence[str]) -> Dots | None:
+    """Faithfulness and completeness of every set, a panel per ablation.
+
+    Args:
+        rows: The circuits table's rows of one metric and checkpoint.
+        about: What stands in the subtitle.
+
+    Returns:
+        None where there are no rows.
+    """
+    if rows.empty:
+        return None
+    sets = distinct(rows, "set")
+    panels = []
+    for ablation in distinct(rows, "ablation"):
+        part = records(having(rows, ablation=ablation, set=tuple(sets[:MAX_SETS])))
+        dots = [
+            Dot(
+                name=text(row["set"]),
+                series=share,
+                value=number(row[share]),
+                low=number(row[f"{share}_low"]),
+                high=number(row[f"{share}_high"]),
+            )
+            for row in part
+            for share in SHARES
+        ]
+        share = "share of full minus empty"
+        panels.append(DotPanel(title=f"{ablation} ablation", x_title=share, dots=tuple(dots), references=(0.0, 1.0)))
+    left = len(sets) - MAX_SETS
+    caption = "Faithfulness: what the set alone has. Completeness: from what is left without it. Dashed: 0 and 1."
+    more = f"{left} more {'set is' if left == 1 else 'sets are'} in the table alone." if left > 0 else ""
+    return Dots(
+        title="Faithfulness and completeness by set",
+        lines=tuple(filter(None, (", ".join(filter(None, about)), f"{caption} {more}".strip()))),
+        panels=tuple(panels),
+    )
+
+
+def circuit_tables(rows: pd.DataFrame, *, width: int, plain: bool) -> Iterator[Group]:
+    """One table per ablation: what a set alone has, and what is left without it.
+
+    Args:
+        rows: The circuits table's rows of one metric and checkpoint.
+        width: Columns of the terminal.
+        plain: ASCII only, no colour.
+    """
+    for ablation in distinct(rows, "ablation"):
+        part = records(having(rows, ablation=ablation))
+        metric = unit_of(text(part[0]["metric"]))
+        ends = [f"{figure(part[0][name])} {words}" for name, words in _ENDS.items() if figure(part[0][name])]
+        cells = [
+            {
+                "set": text(row["set"]),
+                "size": text(row["size"]),
+                "alone": figure(row["alone"]),
+                "without": figure(row["without"]),
+                **{share: _share(row, share, brief=width < BRIEF) for share in SHARES},
+                "n": text(row["n"]),
+            }
+            for row in part
+        ]
+        lines = (": ".join(filter(None, (f"sets, {ablation} ablation: {metric}", ", ".join(ends)))),)
+        yield text_table(cells, _COLUMNS, lines=lines, width=width, plain=plain)
+
+
+def _share(row: Row, share: str, *, brief: bool) -> str:
+    ends = "" if brief else f" {interval(row[f'{share}_low'], row[f'{share}_high'], 2)}"
+    return f"{figure(row[share])}{ends}".rstrip() if figure(row[share]) else "undefined"
+
+
+_ENDS = {"full": "unedited", "empty": "with everything ablated"}

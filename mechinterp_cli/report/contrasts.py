@@ -1,0 +1,186 @@
+"""Two groups of prompts: whether a trial's effect is another in one than in the other."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from rich.console import Group
+
+from mechinterp_cli.report.cells import figure, interval, missing, number, probability, text
+from mechinterp_cli.report.rows import Row, distinct, having, records
+from mechinterp_cli.report.shapes import Dot, DotPanel, Dots
+from mechinterp_cli.report.tables import Column, line, text_table
+from mechinterp_cli.report.trials import Trials, called, key_of
+
+SENTENCES = 5
+"""Trials whose verdict is told in words; the others are in the table."""
+
+
+@dataclass(frozen=True, eq=False)
+class Contrasts:
+    """The contrasts of one metric."""
+
+    rows: pd.DataFrame
+    """The contrasts table's rows of the metric and checkpoint."""
+    trials: Trials
+    """For what trials are called."""
+    groups: pd.DataFrame
+    """Summary rows of the metric by group, for the intervals of each group's effect."""
+    margin: str = ""
+    """The smallest difference that matters, as text; empty where nobody said."""
+    question: str = ""
+    """What the groups were made to ask; empty where nobody said."""
+
+    @property
+    def pairs(self) -> list[tuple[str, str]]:
+        """Every two groups that are compared."""
+        if self.rows.empty:
+            return []
+        return list(dict.fromkeys(zip(self.rows["group_a"], self.rows["group_b"], strict=True)))
+
+    def strongest(self, a: str, b: str, count: int) -> list[Row]:
+        """Trials by their larger effect in either group.
+
+        Args:
+            a: A group.
+            b: The other.
+            count: How many.
+        """
+        known = [row for row in records(having(self.rows, group_a=a, group_b=b)) if np.isfinite(_size(row))]
+        return sorted(known, key=lambda row: -_size(row))[:count]
+
+    def name(self, row: Row) -> str:
+        """What a trial is called."""
+        several = len(distinct(self.rows, "ablation")) > 1
+        return called(row, self.trials.tokens) + (f" ({text(row['ablation'])})" if several else "")
+
+
+def _size(row: Row) -> float:
+    sizes = [abs(number(row[name])) for name in ("effect_a", "effect_b")]
+    return max((size for size in sizes if np.isfinite(size)), default=np.nan)
+
+
+def contrast_dots(contrasts: Contrasts, about: Sequence[str], *, count: int) -> Iterator[tuple[str, Dots]]:
+    """A picture for every two groups: the strongest trials' effects by group, and the differences.
+
+    Args:
+        contrasts: What is compared.
+        about: What stands in the subtitle.
+        count: Trials drawn.
+
+    Yields:
+        (file name without ending, picture).
+    """
+    for at, (a, b) in enumerate(contrasts.pairs):
+        rows = contrasts.strongest(a, b, count)
+        if not rows:
+            continue
+        known = {(*key_of(row), text(row["group"])): row for row in records(contrasts.groups)}
+        effects = [_effect(contrasts, row, side, known) for row in rows for side in ("a", "b")]
+        differences = [
+            Dot(
+                name=contrasts.name(row),
+                series="difference",
+                value=number(row["difference"]),
+                low=number(row["ci_low"]),
+                high=number(row["ci_high"]),
+            )
+            for row in rows
+        ]
+        left = len(having(contrasts.rows, group_a=a, group_b=b)) - len(rows)
+        more = f"The {len(rows)} trials with the largest effects; {left} more are in the table." if left > 0 else ""
+        effect = f"effect on {contrasts.trials.unit}"
+        yield (
+            f"contrasts-{at + 1}" if len(contrasts.pairs) > 1 else "contrasts",
+            Dots(
+                title=f"Effects by group: {a} and {b}",
+                lines=tuple(filter(None, (", ".join(filter(None, about)), contrasts.question, more))),
+                panels=(
+                    DotPanel(title="", x_title=effect, dots=tuple(effects)),
+                    DotPanel(title="", x_title=f"difference, {a} - {b}", dots=tuple(differences)),
+                ),
+                one_axis=True,
+            ),
+        )
+
+
+def _effect(contrasts: Contrasts, row: Row, side: str, known: Mapping[tuple[str, int, str], Row]) -> Dot:
+    group = text(row[f"group_{side}"])
+    summary = known.get((*key_of(row), group), {})
+    value = number(row[f"effect_{side}"])
+    # The interval belongs to this number only if it is the same number.
+    same = np.isclose(number(summary.get("effect")), value, rtol=1e-4, atol=1e-9)
+    low, high = (number(summary.get(name)) if same else np.nan for name in ("ci_low", "ci_high"))
+    return Dot(name=contrasts.name(row), series=group, value=value, low=low, high=high)
+
+
+def contrast_tables(contrasts: Contrasts, *, count: int, width: int, plain: bool) -> Iterator[Group]:
+    """For every two groups the strongest trials in a table, and a sentence with the verdict for each of the first.
+
+    Args:
+        contrasts: What is compared.
+        count: Trials in the table.
+        width: Columns of the terminal.
+        plain: ASCII only, no colour.
+    """
+    for a, b in contrasts.pairs:
+        rows = contrasts.strongest(a, b, count)
+        title = f"{contrasts.trials.unit}: effects in {a} and in {b} (difference: {a} - {b})"
+        if not rows:
+            yield Group(line(f"{title}: none is defined", plain, "bold"))
+            continue
+        # Groups may have any name, also that of another column.
+        names = dict(zip(_COLUMNS, ("#", "ablated", f"in {a}", f"in {b}", *list(_COLUMNS)[4:]), strict=True))
+        cells = [{names[key]: cell for key, cell in _cells(contrasts, row, at).items()} for at, row in enumerate(rows)]
+        columns = {names[key]: look for key, look in _COLUMNS.items()}
+        yield text_table(cells, columns, lines=(title,), width=width, plain=plain)
+        yield Group(*[line(sentence(contrasts, row), plain) for row in rows[:SENTENCES]])
+
+
+_COLUMNS = {
+    "#": Column(6),
+    "ablated": Column(left=True, broken=True),
+    "a": Column(3),
+    "b": Column(3),
+    "difference": Column(),
+    "interval": Column(2),
+    "p": Column(4),
+    "n": Column(5),
+    "verdict": Column(1, left=True),
+}
+
+
+def _cells(contrasts: Contrasts, row: Row, at: int) -> dict[str, str]:
+    counts = [text(row["n_a"]), text(row["n_b"])]
+    return {
+        "#": str(at + 1),
+        "ablated": contrasts.name(row),
+        "a": figure(row["effect_a"]),
+        "b": figure(row["effect_b"]),
+        "difference": figure(row["difference"], sign=True),
+        "interval": interval(row["ci_low"], row["ci_high"]),
+        "p": probability(row["p"]),
+        "n": "+".join(filter(None, counts)),
+        "verdict": text(row["verdict"]),
+    }
+
+
+def sentence(contrasts: Contrasts, row: Row) -> str:
+    """One trial's verdict in words, with the difference and its interval.
+
+    Args:
+        contrasts: What is compared.
+        row: One trial.
+    """
+    a, b = text(row["group_a"]), text(row["group_b"])
+    name = contrasts.name(row)
+    asked = f"{contrasts.question.rstrip('?:. ')} ({name})" if contrasts.question else ""
+    question = asked or f"does the effect of {name} differ between {a} and {b}"
+    answer = text(row["verdict"]) or "no verdict"
+    if text(row["verdict"]) == "no" and contrasts.margin:
+        answer += f" within {contrasts.margin}"
+    difference = f"difference {figure(row['difference'], sign=True)} {interval(row['ci_low'], row['ci_high'])}".rstrip()
+    if missing(row["difference"]):
+        difference = "the difference is not defined"
+    return f"{question}? {answer}: {difference}"

@@ -1,0 +1,99 @@
+"""Dots with intervals: rows of numbers beside each other, as PNG and SVG."""
+
+import math
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import altair as alt
+
+from mechinterp_cli.report.labels import show_text
+from mechinterp_cli.report.picture import PICTURE_WIDTH, SERIES_COLOURS, Chart, Drawing, head_lines, inline
+from mechinterp_cli.report.shapes import Dot, DotPanel, Dots
+
+WIDTH, ROW, LABEL_ROOM, LEGEND_ROOM = 330, 16, 230, 150
+SHAPES = ("circle", "square", "triangle-up", "diamond")
+
+
+def drawing(dots: Dots) -> Drawing:
+    """The dots as a picture."""
+    return Drawing(partial(chart, dots))
+
+
+def chart(dots: Dots) -> Chart:
+    """The picture as a Vega-Lite chart."""
+    across = max(1, PICTURE_WIDTH // (WIDTH + (20 if dots.one_axis else LABEL_ROOM)))
+    across = min(across, len(dots.panels))
+    # Subtitles may be as wide as the panels at least.
+    room = across * WIDTH + LABEL_ROOM * (1 if dots.one_axis else across) + LEGEND_ROOM
+    panels = [_panel(dots, index, across) for index in range(len(dots.panels))]
+    concat = alt.concat(*panels, columns=across, title=head_lines(dots.title, dots.lines, room), spacing=24)
+    whole: Chart = concat.resolve_scale(color="independent", shape="independent")
+    drawn: Chart = whole.configure_view(stroke="#999999").configure_axis(gridColor="#eeeeee")
+    return drawn
+
+
+def _panel(dots: Dots, index: int, across: int) -> alt.LayerChart:
+    panel = dots.panels[index]
+    names = list(dict.fromkeys(show_text(dot.name) for dot in panel.dots))
+    series = _series([panel])
+    named = not dots.one_axis or index % across == 0
+    axis = alt.Axis(labels=named, labelLimit=LABEL_ROOM, labelOverlap=False, grid=True, ticks=False)
+    rows = alt.Scale(type="band", domain=names)
+    scale = alt.Scale(domain=list(_ends(panel)), nice=False, zero=False)
+    x = alt.X("value:Q", scale=scale, axis=alt.Axis(format="~f", tickCount=6), title=show_text(panel.x_title))
+    colour, shape = _looks(_series(dots.panels), with_legend=index == across - 1)
+    references = inline([{"value": value} for value in panel.references])
+    layers = [alt.Chart(references).mark_rule(color="#888888", strokeDash=[4, 3]).encode(x)]
+    for place, one in enumerate(series, start=1):
+        # Every series has its own height within a row.
+        y = alt.Y("name:N", scale=rows, axis=axis, title=None, bandPosition=place / (len(series) + 1))
+        shown = DotPanel(title="", x_title="", dots=tuple(dot for dot in panel.dots if show_text(dot.series) == one))
+        points, bars = inline(list(_points(shown))), inline(list(_bars(shown)))
+        layers.append(alt.Chart(bars).mark_rule(strokeWidth=2).encode(x, alt.X2("high"), y, colour))
+        layers.append(alt.Chart(points).mark_point(filled=True, size=55, opacity=1).encode(x, y, colour, shape))
+    room = max(len(_series([other])) for other in (dots.panels if dots.one_axis else [panel]))
+    height = max(1, len(names)) * max(ROW * room, 22)
+    return alt.LayerChart(layer=layers, width=WIDTH, height=height, title=show_text(panel.title))
+
+
+def _series(panels: Sequence[DotPanel]) -> list[str]:
+    return list(dict.fromkeys(show_text(dot.series) for panel in panels for dot in panel.dots))
+
+
+def _looks(series: list[str], *, with_legend: bool) -> tuple[alt.Color, alt.Shape]:
+    """Colour and shape of every series of the picture; one alone needs no legend."""
+    wanted = with_legend and len(series) > 1
+    legend = alt.Legend(title=None, labelLimit=LEGEND_ROOM, symbolSize=70) if wanted else None
+
+    def scale(looks: tuple[str, ...]) -> alt.Scale:
+        return alt.Scale(domain=series, range=[looks[i % len(looks)] for i in range(len(series))])
+
+    return (
+        alt.Color("series:N", scale=scale(SERIES_COLOURS), legend=legend),
+        alt.Shape("series:N", scale=scale(SHAPES), legend=legend),
+    )
+
+
+def _ends(panel: DotPanel) -> tuple[float, float]:
+    """A range that holds every dot, interval and reference, and a margin."""
+    found = [value for dot in panel.dots for value in (dot.value, dot.low, dot.high) if math.isfinite(value)]
+    low, high = min([*found, *panel.references, 0.0]), max([*found, *panel.references, 0.0])
+    margin = 0.05 * (high - low) or 1.0
+    return low - margin, high + margin
+
+
+def _points(panel: DotPanel) -> Iterator[dict[str, Any]]:
+    for dot in panel.dots:
+        if math.isfinite(dot.value):
+            yield {**_place(dot), "value": dot.value}
+
+
+def _bars(panel: DotPanel) -> Iterator[dict[str, Any]]:
+    for dot in panel.dots:
+        if math.isfinite(dot.low) and math.isfinite(dot.high):
+            yield {**_place(dot), "value": dot.low, "high": dot.high}
+
+
+def _place(dot: Dot) -> dict[str, Any]:
+    return {"name": show_text(dot.name), "series": show_text(dot.series)}

@@ -1,0 +1,113 @@
+"""What is measured along a text: the loss, and its change, at every position, with and without ablations."""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import pandas as pd
+
+from mechinterp_cli.report.causal import unit_of
+from mechinterp_cli.report.cells import missing, number, text
+from mechinterp_cli.report.rows import Row, chosen_metric, distinct, having, records
+from mechinterp_cli.report.shapes import Curve, CurvePanel, Curves
+from mechinterp_cli.report.trials import Trials, called, key_of
+
+UNEDITED = "unedited"
+MAX_TRIALS, MAX_BANDS = 6, 3
+"""Trials that are drawn, and up to how many of them with their intervals, which hide each other."""
+MAX_TEMPLATES = 4
+MAX_POINTS = 256
+"""Longer texts are drawn as means over as many stretches."""
+WIDTH = 560
+
+
+def position_curves(rows: pd.DataFrame, trials: Trials, about: Sequence[str]) -> Iterator[tuple[str, Curves]]:
+    """A picture per template: the loss by position, below it the change.
+
+    Args:
+        rows: The positions table, of one checkpoint.
+        trials: Tells which trials are followed, where the table has more than can be drawn.
+        about: What stands in the subtitle.
+
+    Yields:
+        (file name without ending, picture).
+    """
+    metric = chosen_metric(rows, ("loss",)) if len(rows) else ""
+    rows = having(rows, metric=metric) if metric else rows.head(0)
+    templates = distinct(rows, "template")
+    for at, template in enumerate(templates[:MAX_TEMPLATES] or ([None] if len(rows) else [])):
+        part = rows if template is None else having(rows, template=template)
+        left = len(templates) - MAX_TEMPLATES
+        words = f"Template {template}, {at + 1} of {len(templates)}." if len(templates) > 1 else ""
+        words += f" {left} more are in the table." if left > 0 else ""
+        yield (
+            f"positions-{at + 1}" if len(templates) > 1 else "positions",
+            _picture(part, metric, trials, (*filter(None, (", ".join(filter(None, about)),)), words)),
+        )
+
+
+def _picture(rows: pd.DataFrame, metric: str, trials: Trials, lines: Sequence[str]) -> Curves:
+    runs: dict[tuple[str, int] | None, list[Row]] = {}
+    for row in records(rows.sort_values("position")):
+        runs.setdefault(None if missing(row["trial"]) else key_of(row), []).append(row)
+    chosen = _chosen(list(runs), trials)
+    several = len({key[0] for key in chosen}) > 1
+    stretch = -(-max(len(run) for run in runs.values()) // MAX_POINTS)
+    names = {key: called(runs[key][0], {}) + (f" ({key[0]})" if several else "") for key in chosen}
+    names = _distinct(names)
+    value = [_curve(UNEDITED, runs[None], "value", stretch)] if None in runs else []
+    # The change of the unedited model is nothing; the name keeps every run's colour the same in both panels.
+    change = [Curve(name=UNEDITED, x=(), y=())] if None in runs else []
+    value += [_curve(names[key], runs[key], "value", stretch) for key in chosen]
+    change += [_curve(names[key], runs[key], "effect", stretch, band=len(chosen) <= MAX_BANDS) for key in chosen]
+    # Panels without a curve have nothing to say.
+    panels = [CurvePanel(title="", y_title=unit_of(metric), curves=tuple(value))] if value else []
+    if chosen:
+        panels.append(CurvePanel(title="", y_title=f"change of {metric}", curves=tuple(change)))
+    captions = (*lines, _caption(len(runs) - (None in runs), len(chosen), stretch))
+    return Curves(
+        title=f"{metric} by position, with and without ablations",
+        lines=tuple(filter(None, captions)),
+        x_title="position of the predicted token",
+        panels=tuple(panels),
+        across=1,
+        one_legend=True,
+        width=WIDTH,
+        linear=True,
+    )
+
+
+def _caption(there: int, drawn: int, stretch: int) -> str:
+    parts = [f"{drawn} of {there} ablations." if drawn < there else ""]
+    parts.append(f"Every point is the mean over {stretch} positions." if stretch > 1 else "")
+    return " ".join(filter(None, parts))
+
+
+def _chosen(keys: Sequence[tuple[str, int] | None], trials: Trials) -> list[tuple[str, int]]:
+    """Of the trials that the table has: sets, the top k, the strongest; then any."""
+    there = [key for key in keys if key is not None]
+    leading = [key_of(row) for row in trials.leading(len(trials.rows))] if len(trials.rows) else []
+    ordered = dict.fromkeys([*[key for key in leading if key in there], *there])
+    return list(ordered)[:MAX_TRIALS]
+
+
+def _distinct(names: dict[tuple[str, int], str]) -> dict[tuple[str, int], str]:
+    """Names that no two trials share: curves of one name would be one line."""
+    taken = list(names.values())
+    return {key: f"{name}, trial {key[1]}" if taken.count(name) > 1 else name for key, name in names.items()}
+
+
+def _curve(name: str, run: Sequence[Row], column: str, stretch: int, *, band: bool = False) -> Curve:
+    def means(of: str) -> tuple[float, ...]:
+        return tuple(_mean([number(row[of]) for row in part], [number(row["n"]) for row in part]) for part in parts)
+
+    parts = [run[i : i + stretch] for i in range(0, len(run), stretch)]
+    x = tuple(float(np.mean([number(row["position"]) for row in part])) for part in parts)
+    banded = band and stretch == 1 and any(text(row["ci_low"]) for row in run)
+    low, high = (means("ci_low"), means("ci_high")) if banded else (None, None)
+    return Curve(name=name, x=x, y=means(column), low=low, high=high)
+
+
+def _mean(values: Sequence[float], weights: Sequence[float]) -> float:
+    pairs = [(value, weight) for value, weight in zip(values, weights, strict=True) if np.isfinite(value)]
+    total = sum(weight for _, weight in pairs)
+    return sum(value * weight for value, weight in pairs) / total if total > 0 else np.nan
