@@ -201,9 +201,9 @@ def _summary(request: _Request, manifest: Manifest) -> _Source:
         rows, of = rows[rows["ablation"].isin(values[:1])], f"{metric}, {''.join(map(str, values[:1]))}"
     kinds = rows["site"].map(lambda site: _PATCH_KINDS.get(site) if manifest.subcommand == "patch" else site)
     layers = _table(request, manifest, "trials").groupby("trial")["layer"].agg(["min", "max"])
-    ends = layers.loc[rows["trial"]]
+    ends = layers.reindex(rows["trial"]).to_numpy(dtype=np.float64, na_value=np.nan)
     # A window stands under its centre.
-    single = (ends["min"].to_numpy() == rows["layer"].to_numpy()) & (ends["max"].to_numpy() == rows["layer"].to_numpy())
+    single = (ends == rows[["layer"]].to_numpy(dtype=np.float64, na_value=np.nan)).all(1)
     rows = rows.assign(kind=kinds)[single]
     default = "normalized" if rows["normalized"].notna().any() else "effect"
     return _finite(request, rows, default, f"summary.{{}} of {of}")
