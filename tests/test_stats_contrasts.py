@@ -137,8 +137,12 @@ def relabelled(clusters: npt.NDArray[np.int64], first: npt.NDArray[np.bool_]) ->
         yield np.isin(np.arange(len(first)), np.concatenate(parts))
 
 
-def test_labels_within_few_clusters_are_permuted_exactly() -> None:
-    groups, clusters = layout = paired(3, 3, 2)
+@pytest.mark.parametrize("sizes", ["aabb aabb aabb", "aaabb aaabb aaabb", "aabb aabbb aabb"])
+def test_labels_within_few_clusters_are_permuted_exactly(sizes: str) -> None:
+    groups, clusters = layout = (
+        [A if letter == "a" else B for letter in sizes.replace(" ", "")],
+        [str(i) for i, part in enumerate(sizes.split()) for _ in part],
+    )
     effects, first, where = draw(3, layout, 4, shift=0.8), np.array(groups) == A, np.array(clusters).astype(int)
 
     def statistic(row: Floats, labels: npt.NDArray[np.bool_]) -> float:
@@ -328,6 +332,20 @@ def test_a_difference_without_spread_is_not_noise(layout: Layout) -> None:
     assert found.verdict.tolist() == ["no", "yes"]
 
 
+@pytest.mark.parametrize("shared", [True, False])
+def test_what_rounding_leaves_of_equal_means_is_no_difference(shared: bool) -> None:
+    # The mean of three 0.1 is 0.1 and a bit: with every cluster in the same direction that would be significant.
+    groups, clusters = paired(12, 3, 1)
+    if not shared:
+        clusters = [f"{group} {cluster}" for group, cluster in zip(groups, clusters, strict=True)]
+    rows = np.full((2, 48), 0.1)
+    rows[1, np.array(groups) == A] += 1e-9
+    assert rows[0, :3].mean() != rows[0, 3]
+    found = contrast(rows, groups, clusters, A, B)
+    assert (found.paired, found.p[0], found.low[0], found.high[0]) == (shared, 1, 0, 0)
+    assert found.p[1] < 0.01
+
+
 def test_verdicts_have_three_outcomes_and_go_by_the_90_percent_interval() -> None:
     groups, clusters = layout = paired(40)
     noise = draw(12, layout, 1)[0]
@@ -396,6 +414,13 @@ def test_a_few_shared_clusters_do_not_make_a_pair() -> None:
     found = contrast(draw(17, (groups, clusters), 2), groups, clusters, A, B)
     assert (found.paired, found.n_a, found.n_b) == (False, 13, 13)
     assert any(text.startswith("1 cluster has prompts of both groups, too few to pair by") for text in found.warnings)
+
+
+def test_a_single_pair_is_not_a_paired_contrast() -> None:
+    found = contrast(np.array([[1.0, 2, 5, 7]]), [A, A, B, B], ["x", "y", "x", "z"], A, B)
+    assert (found.paired, found.n_a, found.n_b, found.difference[0]) == (False, 2, 2, -4.5)
+    again = contrast(np.array([[1.0, 2, 5, 7]]), [A, A, B, B], ["x", "y", "x", "y"], A, B)
+    assert (again.paired, again.clusters_a) == (True, 2)
 
 
 def test_one_cluster_of_all_prompts_is_a_comparison_of_prompts() -> None:
