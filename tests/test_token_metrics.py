@@ -388,7 +388,7 @@ def test_ties_within_rounding_count_as_agreement_and_no_more() -> None:
     assert got[1:].tolist() == [1, 0]
 
 
-def test_slack_is_a_share_of_the_rows_own_largest_finite_logit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slack_is_a_share_of_the_rows_own_largest_finite_logit() -> None:
     model = build("llama")
     tokens = texts()
     model.lm_head.register_forward_hook(lambda _m, _a, out: out.masked_fill(torch.arange(97) == 3, -torch.inf))
@@ -420,6 +420,10 @@ def test_half_precision_is_measured_in_float32_and_the_stream_keeps_its_first_ch
         assert float(found.trials[0, place, 1]) == pytest.approx(want[1], abs=2e-2)
     assert bool((found.clean[:, 2] == 1).all())
     assert float(found.clean[:, 1].abs().max()) < 0.1 * float(found.trials[0, :, 1].mean())
+    every, at = torch.arange(8), torch.full((8,), 20)
+    _, slack = CleanLogits(model, find_anatomy(model), tokens, hold=hold).first_choice(every, at)
+    largest = clean[every, at].abs().amax(-1)
+    torch.testing.assert_close(slack.double(), 3 * torch.finfo(dtype).eps * largest, rtol=0.02, atol=0)
 
 
 def test_float64_logits_are_measured_in_float64() -> None:

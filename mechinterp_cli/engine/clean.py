@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mechinterp_cli.engine.capture import TOKENS_PER_PASS, UNEMBED_TOLERANCE, last_hidden, last_hidden_suffices
 from mechinterp_cli.engine.wavefront import logits_chunk
 from mechinterp_cli.errors import RunError
-from mechinterp_cli.metrics import Reference
+from mechinterp_cli.metrics import Reference, log_partition
 from mechinterp_cli.models.anatomy import Anatomy, device_of
 from mechinterp_cli.models.walk import Walker, forward
 
@@ -115,7 +115,7 @@ class CleanLogits:
     def _facts(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         wide = rows if rows.dtype == torch.float64 else rows.float()
         scale = torch.where(wide.isinf(), 0.0, wide.abs()).amax(-1)
-        return Reference.of(wide).log_partition, wide.argmax(-1), self._tolerance * scale
+        return log_partition(wide), wide.argmax(-1), self._tolerance * scale
 
     @torch.no_grad()
     def reference(self, prompt: Int[Tensor, " items"], position: Int[Tensor, " items"]) -> Reference:
