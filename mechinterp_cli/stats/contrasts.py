@@ -9,9 +9,9 @@ import numpy.typing as npt
 from mechinterp_cli.errors import UserError
 from mechinterp_cli.stats.contrast_designs import Design, choose_design
 from mechinterp_cli.stats.families import SignFlips, benjamini_hochberg, max_t, sign_flips, verdicts
-from mechinterp_cli.stats.intervals import ROUNDING, Intervals, ratio_intervals
+from mechinterp_cli.stats.intervals import Intervals, ratio_intervals
 from mechinterp_cli.stats.observations import Floats
-from mechinterp_cli.stats.relabelling import Relabelling, permuted_max_t, relabel
+from mechinterp_cli.stats.relabelling import ROUNDING, Relabelling, permuted_max_t, relabel
 from mechinterp_cli.stats.resampling import Integers, draw_weights
 from mechinterp_cli.stats.summary import StatsOptions
 

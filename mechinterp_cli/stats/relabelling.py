@@ -9,11 +9,13 @@ import numpy as np
 import numpy.typing as npt
 
 from mechinterp_cli.stats.families import step_down
-from mechinterp_cli.stats.intervals import ROUNDING
 from mechinterp_cli.stats.observations import Floats
 from mechinterp_cli.stats.resampling import Integers
 
 Booleans = npt.NDArray[np.bool_]
+
+ROUNDING = 1e-13
+"""What float64 leaves of the difference of equal numbers, as a share of them."""
 
 
 @dataclass(frozen=True)
