@@ -63,12 +63,14 @@ def estimate(
     return Estimates(found.estimate, found.low[0], found.high[0], found.low[1], found.high[1])
 
 
-def beside_random(own: Floats, random: Floats, clusters: Sequence[str], stats: StatsSection, *, margin: float) -> Row:
+def beside_random(
+    own: Floats, random: Floats, clusters: Sequence[str], stats: StatsSection, *, margin: float, draws: int
+) -> Row:
     """A chosen set's effects beside those of random sets: columns from `random_effect` to `verdict`.
 
     `p` is the share of sets, the chosen one among them, whose mean effect is at least as large in magnitude; it and the
-    verdict need `FEWEST_DRAWS` sets. A verdict of `yes` needs both the interval of the difference beyond the margin and
-    p below `SIGNIFICANT`.
+    verdict need `FEWEST_DRAWS` draws, or all the different sets that there are where these are fewer. A verdict of
+    `yes` needs both the interval of the difference beyond the margin and p at most `SIGNIFICANT`.
 
     Args:
         own: [prompts].
@@ -76,6 +78,7 @@ def beside_random(own: Floats, random: Floats, clusters: Sequence[str], stats: S
         clusters: Of the prompts.
         stats: How intervals are made.
         margin: The smallest difference that matters, in the unit of the effects.
+        draws: How many random sets were asked for; there are fewer where there are no more different ones.
     """
     means = random.mean(1)
     low, high = np.percentile(means, [2.5, 97.5])
@@ -83,7 +86,7 @@ def beside_random(own: Floats, random: Floats, clusters: Sequence[str], stats: S
     found = estimate(difference[None], None, clusters, stats)
     row: Row = {"random_effect": float(means.mean()), "random_low": float(low), "random_high": float(high)}
     row |= {"difference": float(difference.mean()), **found.ends(0, "difference_low", "difference_high")}
-    if len(random) < FEWEST_DRAWS:
+    if draws < FEWEST_DRAWS:
         return row
     p = (1 + int((np.abs(means) >= abs(own.mean())).sum())) / (len(random) + 1)
     verdict = str(verdicts(found.verdict_low, found.verdict_high, margin)[0])

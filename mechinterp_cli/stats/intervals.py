@@ -20,8 +20,8 @@ CHUNK_BYTES = 8 << 20
 """Size of one `[trials, draws]` array; about ten are alive at once."""
 ALIKE = 1e-6
 """A draw whose standard error is this share of the sample's, or less, holds one unit over and over."""
-ROUNDING = 1e-13
-"""A standard error of this share of the estimate, or less, is none."""
+ROUNDING = 1e-6
+"""A standard error of this share of the estimate, or less, is none: float32 gives no more."""
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from mechinterp_cli.config.loader import LoadedConfig
-from mechinterp_cli.methods.ablate.expand import find, names, overlapping
+from mechinterp_cli.methods.ablate.expand import find, names
 from mechinterp_cli.methods.ablate.options import AblateOptions, CumulativeOptions
+from mechinterp_cli.methods.ablate.overlap import overlapping
 from mechinterp_cli.methods.ablate.units import Ablation, Unit
 from mechinterp_cli.methods.matched import matched_sets, too_few
 
@@ -110,7 +111,7 @@ def _cumulative(layout: Layout, options: CumulativeOptions, ranking: Sequence[in
         chosen = ranking[:k]
         layout.add("cumulative", chosen, k=k)
         drawn = _random(layout.units, chosen, options)
-        if (told := too_few(f"the top {k}", drawn)) is not None:
+        if (told := too_few(f"the top {k}", drawn, options.random)) is not None:
             layout.warnings.append(told)
         for number, others in enumerate(drawn):
             layout.add("cumulative", others, k=k, ranking=number)

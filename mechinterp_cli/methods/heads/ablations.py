@@ -9,21 +9,18 @@ import numpy.typing as npt
 import pandas as pd
 
 from mechinterp_cli.config.schema import StatsOptions as StatsSection
+from mechinterp_cli.methods.beside import beside_random
 from mechinterp_cli.methods.heads.causal import Ablated
 from mechinterp_cli.methods.heads.options import METRICS, CausalOptions
 from mechinterp_cli.methods.heads.tables import kv_head
 from mechinterp_cli.methods.job import Swept
 from mechinterp_cli.methods.tables import plain_columns, stats_options
 from mechinterp_cli.models.anatomy import Anatomy
-from mechinterp_cli.stats import Status, choose_units, draw_weights, observe, ratio_intervals, summarise, verdicts
+from mechinterp_cli.stats import Status, observe, summarise
 from mechinterp_cli.tasks.prompts import PromptSet
 
 Floats = npt.NDArray[np.float64]
 Row = dict[str, Any]
-FEWEST_DRAWS = 199
-"""Random sets from which on there is a p-value and a verdict."""
-SIGNIFICANT = 0.05
-VERDICT_LEVEL = 0.9
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,33 +136,13 @@ class Ablations:
                     {"score": top.score, "ablation": top.ablation, "k": top.k, "heads": top.name, "metric": name}
                     | {"baseline": float(self.base(metric).mean()), "n": len(self.members), "draws": len(draws)}
                     | {key: row[key] for key in ("effect", "ci_low", "ci_high")}
-                    | (self._beside(own, random, options, stats) if draws else {})
+                    | (
+                        beside_random(own, random, self.clusters, stats, margin=options.margin, draws=options.random)
+                        if draws
+                        else {}
+                    )
                 )
         return rows
-
-    def _beside(self, own: Floats, random: Floats, options: CausalOptions, stats: StatsSection) -> Row:
-        """The strongest heads' effects [prompts] beside those of random sets [draws, prompts].
-
-        `p` is the share of sets, the strongest one among them, whose mean effect is at least as large in magnitude.
-        """
-        means = random.mean(1)
-        low, high = np.percentile(means, [2.5, 97.5])
-        difference = own - random.mean(0)
-        units = choose_units(np.asarray(self.clusters))
-        weights = draw_weights(units, draws=stats.bootstrap, seed=stats.seed)
-        ones = units.sums(np.ones((1, len(own))))[0]
-        levels = (stats.ci, VERDICT_LEVEL)
-        sums = units.sums(difference[None])
-        ends = ratio_intervals(sums, ones, units, weights, levels=levels, method=stats.interval)
-        row: Row = {"random_effect": float(means.mean()), "random_low": float(low), "random_high": float(high)}
-        row |= {"difference": float(difference.mean())}
-        if np.isfinite(ends.low[0, 0]) and np.isfinite(ends.high[0, 0]):
-            row |= {"difference_low": float(ends.low[0, 0]), "difference_high": float(ends.high[0, 0])}
-        if len(random) < FEWEST_DRAWS:
-            return row
-        p = (1 + int((np.abs(means) >= abs(own.mean())).sum())) / (len(random) + 1)
-        verdict = str(verdicts(ends.low[1], ends.high[1], options.margin)[0])
-        return row | {"p": p, "verdict": "inconclusive" if verdict == "yes" and p > SIGNIFICANT else verdict}
 
 
 def _same(random: Ablated, top: Ablated) -> bool:

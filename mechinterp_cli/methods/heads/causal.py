@@ -12,13 +12,11 @@ from mechinterp_cli.engine.plan import Work
 from mechinterp_cli.methods.heads.options import METRICS, Ablation, CausalOptions
 from mechinterp_cli.methods.heads.scoring import buckets_of, tokens_of
 from mechinterp_cli.methods.job import Job
+from mechinterp_cli.methods.matched import matched_sets, too_few
 from mechinterp_cli.models.anatomy import Anatomy
-from mechinterp_cli.tasks.draw import Draw
 from mechinterp_cli.tasks.prompts import PromptSet
 from mechinterp_cli.token_metrics import TokenMeasurer
 
-FEW_SETS = 5
-"""With fewer different sets than this a band says little."""
 Head = tuple[int, int]
 Design = Literal["single", "top", "random"]
 Means = Mapping[int, Float[Tensor, "heads d_value"]]
@@ -59,7 +57,7 @@ def lay_out(
         options: The section.
         ranking: By score, the heads with a score, strongest first.
         anatomy: How many heads each layer has.
-        seed: Of the random heads; a draw depends on score, k and its number alone, so both ablations share it.
+        seed: Of the random heads; both ablations share the draws.
 
     Returns:
         The trials, and what a reader must know.
@@ -78,7 +76,8 @@ def lay_out(
         elif len(grid) < len(options.k):
             warnings.append(f"causal: {score} is defined for {len(ranked)} heads; larger k are left out")
         sets = {k: random_sets(ranked[:k], anatomy, options.random, seed) for k in grid}
-        warnings += [told for k, drawn in sets.items() if (told := _too_few(score, k, drawn))]
+        told = [too_few(f"the top {k} by {score}", drawn, options.random) for k, drawn in sets.items()]
+        warnings += [f"causal: {words}" for words in told if words]
         for ablation in options.values:
             if ablation == options.values[0]:
                 for head in ranked[: max(grid, default=0)]:
@@ -90,31 +89,13 @@ def lay_out(
     return trials, warnings
 
 
-def _too_few(score: str, k: int, drawn: Sequence[tuple[Head, ...]]) -> str | None:
-    """What a reader must know of random sets where the layers have hardly any other heads."""
-    different = len(set(drawn))
-    if not drawn:
-        return f"causal: no random heads beside the top {k} by {score}: a layer has too few others"
-    if different < min(len(drawn), FEW_SETS):
-        sets = "set" if different == 1 else "sets"
-        return f"causal: only {different} different {sets} of random heads beside the top {k} by {score}"
-    return None
-
-
 def random_sets(chosen: Sequence[Head], anatomy: Anatomy, draws: int, seed: int) -> list[tuple[Head, ...]]:
     """Sets of as many heads of the same layers, none of them among the chosen; none where a layer has too few."""
-    wanted = {layer: sum(1 for other, _ in chosen if other == layer) for layer, _ in chosen}
-    others: dict[int, list[int]] = {}
-    for layer in wanted:
-        heads = anatomy.layers[layer].heads
-        others[layer] = [head for head in range(heads.query if heads else 0) if (layer, head) not in chosen]
-        if len(others[layer]) < wanted[layer]:
-            return []
-    draw = Draw(seed * 1_000_003 + len(chosen))
-    return [
-        tuple((layer, head) for layer in sorted(wanted) for head in sorted(draw.sample(others[layer], wanted[layer])))
-        for _ in range(draws)
-    ]
+    layers = sorted({layer for layer, _ in chosen})
+    wanted = {layer: sum(1 for other, _ in chosen if other == layer) for layer in layers}
+    counts = {layer: heads.query if (heads := anatomy.layers[layer].heads) else 0 for layer in layers}
+    others = {layer: [(layer, h) for h in range(counts[layer]) if (layer, h) not in chosen] for layer in layers}
+    return matched_sets(wanted, others, draws=draws, seed=seed * 1_000_003 + len(chosen))
 
 
 def make_job(

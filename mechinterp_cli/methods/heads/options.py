@@ -15,7 +15,7 @@ Ablation = Literal["zero", "mean"]
 ScoreName = Literal[AttentionScoreName, WeightScoreName, Literal["direct_effect"]]
 ATTENTION: tuple[str, ...] = get_args(AttentionScoreName)
 COMPOSITIONS = ("q_composition", "k_composition", "v_composition")
-METRICS = ("loss_gap", "repeated_loss", "first_loss")
+METRICS = ("repeated_loss", "loss_gap", "first_loss")
 """Mean cross-entropy, nats per token, of predictions that repeat an earlier pair of tokens (`repeated_loss`) and of
 tokens that have not occurred (`first_loss`); `loss_gap` is the first minus the second, so in-context learning makes it
 negative."""
