@@ -328,7 +328,8 @@ def test_directions_are_orthonormal_rows_of_the_same_span(units_of: Units, file:
     torch.testing.assert_close(basis @ basis.T, torch.eye(3), atol=1e-6, rtol=0)
     unit_rows = torch.nn.functional.normalize(rows.double(), dim=1).float()
     torch.testing.assert_close(unit_rows @ basis.T @ basis, unit_rows, atol=1e-6, rtol=0)
-    torch.testing.assert_close(basis[0], unit_rows[0], atol=1e-6, rtol=0)
+    for sign in (1, -1):
+        torch.testing.assert_close(orthonormal(sign * rows)[0], sign * unit_rows[0], atol=1e-6, rtol=0)
     single = units[0].basis
     assert single is not None
     torch.testing.assert_close(single[0], (one * 1e25) / (one * 1e25).norm(), atol=1e-6, rtol=0)
@@ -545,7 +546,9 @@ def test_heads_by_a_score(rank: Rank, heads_run: Run) -> None:
     assert list(ranking.values) == rows["value"].tolist()
     assert (ranking.missing, ranking.unused) == (2, 0)
     assert (ranking.column, ranking.model) == ("scores.value of induction", "toy-induction")
-    assert explain(ranking) is not None
+    assert explain(ranking) == (
+        "the ranking (scores.value of induction) leaves out 2 units that the earlier run says nothing of"
+    )
     ranking, units = rank(heads_run.path, {"kind": "head", "layers": [1], "heads": [3, [0, 1]]}, score="induction")
     assert [units[index].name for index in ranking.units] == ["1.3"]
     assert (ranking.missing, ranking.unused) == (1, 7)
@@ -672,6 +675,13 @@ def test_units_of_an_ablate_run(rank: Rank, tmp_path: Path) -> None:
     assert found == {"kv1.1": 3.0, "layer1": 1.0, "0.1": 0.5, "1.2": -2.0}
     assert list(found) == ["kv1.1", "layer1", "0.1", "1.2"]
     assert ranking.column == "summary.effect of loss, zero"
+    only_heads, _ = rank(
+        folder, {"kind": "head", "layers": [1], "heads": [2]}, {"kind": "head", "layers": [0], "heads": [1]}
+    )
+    warning = explain(only_heads) or ""
+    assert "puts its largest value (-2) last; `absolute: true` ranks by magnitude" in warning
+    by_size, _ = rank(folder, {"kind": "layer", "layers": [1]}, absolute=True)
+    assert explain(by_size) is None
     ranking, units = rank(folder, HEADS, absolute=True)
     assert [units[index].name for index in ranking.units] == ["1.2", "0.1"]
     assert (ranking.values, ranking.unused) == ((-2.0, 0.5), 2)

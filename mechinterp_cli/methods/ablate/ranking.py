@@ -285,7 +285,10 @@ def _value(request: _Request, unit: Unit, found: Mapping[_Key, Mapping[_Place, f
 
 
 def explain(ranking: Ranking) -> str | None:
-    """A warning about units that the ranking leaves out; None where it has all."""
-    if not ranking.missing:
-        return None
-    return f"the ranking ({ranking.column}) leaves out {ranking.missing} units that the earlier run says nothing of"
+    """A warning about what a ranking leaves out, or puts last though it is largest; None where there is nothing."""
+    told = []
+    if ranking.missing:
+        told.append(f"leaves out {ranking.missing} units that the earlier run says nothing of")
+    if abs(ranking.values[-1]) > abs(ranking.values[0]):
+        told.append(f"puts its largest value ({ranking.values[-1]:.3g}) last; `absolute: true` ranks by magnitude")
+    return f"the ranking ({ranking.column}) {' and '.join(told)}" if told else None
