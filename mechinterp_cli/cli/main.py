@@ -10,7 +10,7 @@ import typer
 from typer.exceptions import Abort, TyperException
 
 from mechinterp_cli import __version__
-from mechinterp_cli.cli import compare, heads, models, patch, reproduce, resume, runs, schema, show
+from mechinterp_cli.cli import ablate, compare, heads, models, patch, reproduce, resume, runs, schema, show
 from mechinterp_cli.cli.console import Console
 from mechinterp_cli.errors import ExitCode, MechinterpError
 from mechinterp_cli.runs.signals import Terminated
@@ -28,6 +28,7 @@ app = typer.Typer(
     epilog="Example: mechinterp patch configs/patch-ioi.yaml",
 )  # fmt: skip
 app.command("patch")(patch.patch)
+app.command("ablate")(ablate.ablate)
 app.command("heads")(heads.heads)
 app.command("resume")(resume.resume)
 app.command("reproduce")(reproduce.reproduce)

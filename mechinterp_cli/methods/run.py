@@ -25,6 +25,7 @@ from mechinterp_cli.runs.recorder import RunRecorder, record
 from mechinterp_cli.runs.schema import PARQUET_ONLY, validate
 from mechinterp_cli.runs.tables import Formats, to_frame
 from mechinterp_cli.tasks.rows import content_hash, describe, prompt_rows
+from mechinterp_cli.token_metrics import TOKEN_METRICS
 
 ONE_FORMAT: Formats = ("parquet",)
 
@@ -71,8 +72,8 @@ def prepare(loaded: LoadedConfig, progress: Progress, *, compute: bool = True) -
     Raises:
         UserError: Anything that the config, the model or the task cannot do.
     """
-    if not type(loaded.config.method).own_metrics:
-        for name in loaded.config.metrics:
+    for name in loaded.config.metrics:
+        if name not in TOKEN_METRICS:
             find_metric(name)
     moments = moments_of(loaded.config.model)
     moment = moments[0]

@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from mechinterp_cli.config.schema import StatsOptions as StatsSection
 from mechinterp_cli.methods.places import TrialSpec
-from mechinterp_cli.metrics import find_metric
+from mechinterp_cli.metrics import METRICS
 from mechinterp_cli.models.anatomy import Anatomy
 from mechinterp_cli.stats import Observations, StatsOptions, Status, observe, summarise
 from mechinterp_cli.tasks.prompts import PromptSet
@@ -231,7 +231,7 @@ def summary_frame(sweep: Sweep, stats: StatsSection, *, raw_margin: float | None
             clusters=sweep.clusters,
             families=[f"{name} {spec.family}" for spec in sweep.specs],
             groups=sweep.groups,
-            ratio_of_means_only=find_metric(name).ratio_of_means_only,
+            ratio_of_means_only=name in METRICS and METRICS[name].ratio_of_means_only,
             options=options,
         )
         for warning in summary.warnings:

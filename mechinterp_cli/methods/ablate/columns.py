@@ -81,7 +81,7 @@ register_columns(
         *_required("ablation", "metric", "group_a", "group_b"),
         *_counts("n_a", "n_b"),
         *_texts("label"),
-        *_reals("effect_a", "effect_b", "difference", "ci_low", "ci_high", "p"),
+        *_reals("effect_a", "effect_b", "difference", "ci_low", "ci_high", "p", "p_adjusted"),
         *_texts("verdict"),
     ],
     keys=("ablation", "trial", "metric", "group_a", "group_b"),

@@ -118,6 +118,7 @@ class AblateOptions(MethodOptions):
     """The `ablate:` section."""
 
     method_name: ClassVar[str] = "ablate"
+
     @classmethod
     def default_metrics(cls, task: type[TaskOptions] | None) -> tuple[str, ...]:
         """Of a task's answers, or of whole texts where nothing is asked."""
