@@ -294,6 +294,19 @@ def test_directions(tmp_path: Path, models: dict[str, LoadedModel]) -> None:
             assert float((unedited - found).abs().amax((1, 2)).min()) > 10 * TOLERANCE
 
 
+def test_each_direction_of_a_site_has_its_own_component(tmp_path: Path, models: dict[str, LoadedModel]) -> None:
+    model = models["llama"]
+    parts = [direction(count, model.anatomy.d_model) for count in (1, 2)]
+    values = made("mean", setting_of(tmp_path, model), parts)
+    for merged in parts:
+        _, add = values.edits(merged, buckets()[0])
+        assert merged.basis is not None
+        assert isinstance(add.values, RowValues)
+        found = add.values.at(torch.tensor([0]), torch.tensor([0]), None)[0]
+        seen = torch.cat(activations(hand_of("llama", models), PROMPTS, ("resid_post", 0)))
+        torch.testing.assert_close(found, seen.mean(0) @ merged.basis.T @ merged.basis, atol=1e-5, rtol=1e-4)
+
+
 def test_what_makes_no_sense_is_refused(tmp_path: Path, models: dict[str, LoadedModel]) -> None:
     model = models["llama"]
     names: list[ValueName] = ["zero", "mean", "noise", "project"]
