@@ -171,7 +171,7 @@ def test_bad_command_lines_end_with_code_2(
 
 
 COMMANDS = [
-    *(["patch"], ["resume"], ["reproduce"], ["show"], ["compare"], ["runs"], ["verify"]),
+    *(["patch"], ["ablate"], ["heads"], ["resume"], ["reproduce"], ["show"], ["compare"], ["runs"], ["verify"]),
     *(["models"], ["models", "fetch"], ["schema"]),
 ]
 

@@ -57,6 +57,7 @@ def edit_of(site: Site, op: Op, units: tuple[int, ...] | None, keys: bool, by_ro
 def expected(edit: Edit, old: Tensor, prompt: int, position: int, index: tuple[Tensor, ...]) -> Tensor:
     """The edited part of one row, by the operation's definition."""
     value = edit.values
+    assert value is None or isinstance(value, Tensor)
     if edit.op in ("constant", "add"):
         assert value is not None
         value = value[prompt % value.shape[0], position % value.shape[1]]
@@ -125,7 +126,7 @@ def test_an_edit_changes_what_it_names_as_its_operation_says_and_nothing_else(
 
 def test_removing_a_direction_leaves_nothing_of_it_and_twice_is_once() -> None:
     edit, x = edit_of(RESID, "project", None, False, False), draw(PROMPTS, POSITIONS, 8)
-    assert edit.values is not None
+    assert isinstance(edit.values, Tensor)
     once = apply(edit, x)
     assert (once[0, 3] @ edit.values[0]).abs() <= 1e-6
     assert (x[0, 3] @ edit.values[0]).abs() > 1e-3

@@ -337,7 +337,7 @@ def test_config_file_that_cannot_be_read(refused: Refused, config: bytes, cause:
         pytest.param(
             ", wrong_answer: k8",
             "",
-            "error: c.yaml: metrics: logit_diff needs a wrong answer, and prompt 1 has none",
+            "error: c.yaml: metrics: logit_diff needs a wrong answer, and prompt 1 of task 'prompts' has none",
             "Give every prompt a `wrong_answer`",
             id="no wrong answer",
         ),

@@ -285,10 +285,10 @@ def test_large_table_is_right_row_by_row_and_comes_back(sweep: Sweep, tmp_path: 
         trivial = bool(sweep.status[trial, prompt])
         value = base[prompt, metric] if trivial else sweep.values[trial, prompt, 0, metric]
         effect, difference = value - base[prompt, metric], other[prompt, metric] - base[prompt, metric]
-        spec = sweep.specs[trial]
-        assert (found["trial"], found["label"], found["layer"]) == (trial, spec.label, spec.layer)
-        assert (found["neuron"], found["head"], found["span"]) == (spec.neuron, None, None)
-        assert (found["position"], found["template"]) == (spec.place.position, "ABBA")
+        spec = sweep.specs[trial].columns()
+        assert (found["trial"], found["label"], found["layer"]) == (trial, spec["label"], spec["layer"])
+        assert (found["neuron"], found["head"], found["span"]) == (spec["neuron"], None, None)
+        assert (found["position"], found["template"]) == (spec["position"], "ABBA")
         assert (found["prompt"], found["metric"], found["draw"]) == (prompt, METRICS[metric], None)
         assert (found["cluster"], found["group"]) == (f"template {prompt % 4}", "ab"[prompt % 2])
         assert (found["value"], found["effect"]) == (value, effect)
