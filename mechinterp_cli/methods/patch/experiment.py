@@ -92,7 +92,7 @@ class PatchExperiment(Experiment):
         """Sweep, and put the values into tables."""
         sweep = self._sweep(bench.sweep(self.job))
         config, options = self.loaded.config, self.bound.options
-        bench.stage("writing tables and pictures")
+        bench.stage("working out statistics")
         source = self.bound.source_stream if options.source in ("pair", "other") else options.source
         rows = tables.trial_rows(self.bound.specs, self.model.anatomy, op=self.bound.operation(), source=source)
         summary = tables.summary_frame(sweep, config.stats)
