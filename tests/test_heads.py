@@ -370,7 +370,7 @@ def test_direct_effects_are_those_of_the_answers(tmp_path: Path) -> None:
 
 
 def test_a_users_text_is_scored_where_its_tokens_come_again(tmp_path: Path, toy: LoadedModel) -> None:
-    texts = ["k1 k2 k3 k1 k2 k4 k1", "k5 k6 k7 k8 k9", "k1 k1 k1"]
+    texts = ["k1 k2 k3 k1 k2 k4 k1", "k5 k6 k7 k8 k9", "k1 k1 k1", "k1"]
     run = run_method(tmp_path, "heads", {"show": 1}, task={"name": "text", "texts": texts})
     scores = run.table("scores")
     # No block is repeated here, so there is no stripe; all other scores are taken.
@@ -382,6 +382,7 @@ def test_a_users_text_is_scored_where_its_tokens_come_again(tmp_path: Path, toy:
         assert set(rows["n"]) == {n}
     sequences = run.table("sequences")
     assert set(sequences[sequences["score"] == "prefix_matching"]["prompt"]) == {0, 2}
+    assert "1 prompt dropped: fewer than 2 tokens" in run.manifest["warnings"]
 
 
 def test_a_score_that_no_prompt_has_is_undefined(tmp_path: Path) -> None:

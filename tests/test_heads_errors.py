@@ -147,8 +147,9 @@ def test_the_config_that_the_cases_damage_is_good(capfd: pytest.CaptureFixture[s
         ),
         pytest.param(
             ("output:", "metrics: [logit_diff]\noutput:"),
-            'c.yaml:12: metrics: ["logit_diff"] is not valid; heads measures loss_gap, repeated_loss, first_loss',
-            KEYS,
+            'c.yaml:12: metrics: ["logit_diff"] is not valid; heads measures repeated_loss, loss_gap, first_loss, '
+            "and nothing else can be chosen",
+            "Leave the key out.",
             id="metrics",
         ),
         pytest.param(
@@ -234,7 +235,9 @@ def test_an_override_is_named_in_place_of_a_line(refused: Refused) -> None:
 def test_a_config_without_the_section_or_with_another(refused: Refused) -> None:
     nothing = GOOD[: GOOD.index("heads:")] + GOOD[GOOD.index("output:") :]
     refused(
-        nothing, "c.yaml: no method section; one of these is needed: heads, patch", "Add a section such as `heads:`."
+        nothing,
+        "c.yaml: no method section; one of these is needed: ablate, heads, patch",
+        "Add a section such as `heads:`.",
     )
     patch = nothing + "patch: {sites: [{kind: z}]}\n"
     refused(patch, "c.yaml:5: this config is for `patch`, not for `heads`", "Run: mechinterp patch c.yaml")

@@ -231,6 +231,8 @@ def test_few_prompts_are_warned_of() -> None:
     values, base, other = spread(prompts=19)
     few = summary_of(observe(values, oks(values), base, other), base, other, clusters=19)
     assert few.warnings == ("group all: 19 prompts are fewer than 20; intervals and p-values are rough",)
+    one = summary_of(observe(values[:, :1], oks(values[:, :1]), base[:1], other[:1]), base[:1], other[:1], clusters=1)
+    assert one.warnings == ("group all: 1 prompt is fewer than 20; intervals and p-values are rough",)
 
 
 def test_without_another_stream_the_interval_is_of_the_raw_effect() -> None:

@@ -204,7 +204,7 @@ def _method_section(document: Document, name: str, method: str | None) -> str:
         hints = [hint for key in unknown if (hint := nearest(key, known))]
         raise UserError(
             f"{name}: no method section; one of these is needed: {', '.join(known)}",
-            hints[0] if hints else f"Add a section such as `{known[0] if known else 'patch'}:`.",
+            hints[0] if hints else f"Add a section such as `{method or next(iter(known), 'patch')}:`.",
         )
     if len(present) > 1:
         places = ", ".join(f"{key} ({document.origins[(key,)]})" for key in present)

@@ -232,6 +232,8 @@ def _allowed(item: dict[str, Any]) -> str:
 
 
 def _remedy(items: list[dict[str, Any]]) -> str:
+    if remedy := items[0].get("ctx", {}).get("remedy"):
+        return str(remedy)
     value = items[0]["input"]
     kinds = {item["type"] for item in items}
     if "bool_type" in kinds and isinstance(value, str) and value.lower() in _BOOLEAN_WORDS:

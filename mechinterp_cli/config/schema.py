@@ -125,9 +125,9 @@ class OutputOptions(BaseConfig):
     """How many of the strongest trials are listed, and kept under `rows: top`."""
 
 
-def _rejected(title: str, key: str, problem: str, value: Any) -> ValidationError:
-    """An error at one key of a section, in the form pydantic passes on with its path."""
-    kind = PydanticCustomError("choice", "{problem}", {"problem": problem})
+def _rejected(title: str, key: str, problem: str, value: Any, remedy: str = "") -> ValidationError:
+    """An error at one key of a section, in the form pydantic passes on with its path; the fix, where one is known."""
+    kind = PydanticCustomError("choice", "{problem}", {"problem": problem, "remedy": remedy})
     return ValidationError.from_exception_data(title, [InitErrorDetails(type=kind, loc=(key,), input=value)])
 
 
@@ -208,7 +208,7 @@ class ExperimentConfig(BaseConfig):
         given = data.get("metrics", method.own_metrics)
         if method.own_metrics and (not isinstance(given, list | tuple) or tuple(given) != method.own_metrics):
             problem = f"{name} measures {', '.join(method.own_metrics)}, and nothing else can be chosen"
-            raise _rejected("experiment", "metrics", problem, data["metrics"])
+            raise _rejected("experiment", "metrics", problem, data["metrics"], "Leave the key out.")
         task = data.get("task")
         known = task_class(task) if isinstance(task, dict) else type(task) if isinstance(task, TaskOptions) else None
         return {"metrics": method.default_metrics(known), **data}

@@ -173,7 +173,7 @@ def _describe(run: RunRecorder, prepared: Prepared) -> pa.Table:
     if dropped:
         reasons = pd.Series([d.reason for d in dropped]).value_counts()
         for reason, count in reasons.items():
-            run.warn(f"{count} prompts dropped: {reason}")
+            run.warn(f"{count} {'prompt' if count == 1 else 'prompts'} dropped: {reason}")
     return run.write_table("prompts", prompt_rows(experiment.prompts, experiment.model.tokenizer))
 
 

@@ -241,7 +241,7 @@ def _interval_method(design: Design, options: StatsOptions) -> str:
 def _few_prompts(counts: Mapping[str, int], options: StatsOptions) -> Iterator[str]:
     for name, count in counts.items():
         if count < options.min_prompts:
-            few = f"{count} prompts are fewer than {options.min_prompts}"
+            few = f"{count} {'prompt is' if count == 1 else 'prompts are'} fewer than {options.min_prompts}"
             yield f"group {name}: {few}; intervals and p-values are rough"
 
 

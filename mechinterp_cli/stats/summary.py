@@ -199,7 +199,7 @@ def _warnings(given: _Input, group: str, prompts: Integers) -> list[str]:
     options, found = given.options, []
     clusters = len(set(given.clusters[prompts].tolist()))
     if len(prompts) < options.min_prompts:
-        few = f"{len(prompts)} prompts are fewer than {options.min_prompts}"
+        few = f"{len(prompts)} {'prompt is' if len(prompts) == 1 else 'prompts are'} fewer than {options.min_prompts}"
         found.append(f"group {group}: {few}; intervals and p-values are rough")
     if clusters < min(options.min_clusters, len(prompts)):
         few = f"{clusters} {'cluster is' if clusters == 1 else 'clusters are'} fewer than {options.min_clusters}"
