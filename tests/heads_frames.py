@@ -60,7 +60,7 @@ class Fake:
 
     @property
     def manifest(self) -> Manifest:
-        config = {"metrics": ["loss_gap"], "output": {"top": self.top}}
+        config = {"metrics": ["repeated_loss", "loss_gap", "first_loss"], "output": {"top": self.top}}
         made = Manifest("heads", "fake", config, "0", status="complete")
         made.model = {"id": "toy-induction"}
         made.task = {"name": "repeats"}
@@ -133,7 +133,10 @@ class Fake:
         for score in self.causal:
             for ablation, factor in (("zero", 1.0), ("mean", 0.7)):
                 for k in self.ks:
-                    rows.append({"score": score, "ablation": ablation, "k": k, **self._effect(k, factor)})
+                    # The gap changes otherwise, by what ablation does to tokens that are new.
+                    for metric, share in (("loss_gap", 1.25), ("repeated_loss", 1.0)):
+                        place = {"score": score, "ablation": ablation, "k": k, "metric": metric}
+                        rows.append(place | self._effect(k, factor * share))
         name, seen = self.checkpoints[-1]
         rows = [{**row, "checkpoint": name, "tokens_seen": seen} for row in rows]
         return table(rows, "score", "ablation", "k", "metric", "effect", "draws")
@@ -143,7 +146,7 @@ class Fake:
         known = self.draws >= 199
         names = ("2.0", "2.1", "1.3", "2.3", "0.1", "0.2", "1.0", "1.2", *(f"{i}.3" for i in range(3, 30)))
         return {
-            "heads": "+".join(names[:k]), "metric": "loss_gap", "baseline": -3.127, "effect": effect,
+            "heads": "+".join(names[:k]), "baseline": 1.073, "effect": effect,
             "ci_low": effect * 0.8, "ci_high": effect * 1.15, "n": 32, "random_effect": chance,
             "random_low": -0.02 * k, "random_high": 0.11 * k, "draws": self.draws, "difference": effect - chance,
             "difference_low": effect * 0.7, "difference_high": effect, "p": 0.005 if known else None,
@@ -155,7 +158,8 @@ class Fake:
         name, seen = self.checkpoints[-1]
         rows = [
             {"checkpoint": name, "tokens_seen": seen, "design": "single", "layer": layer, "head": head, "group": "all",
-             "metric": "loss_gap", "effect": 1.0 / (1 + head), "verdict": verdict}
+             "metric": metric, "effect": share / (1 + head), "verdict": verdict}
+            for metric, share in (("loss_gap", 3.0), ("repeated_loss", 1.0))
             for (layer, head), verdict in verdicts.items()
         ]  # fmt: skip
         return table(rows)

@@ -240,7 +240,7 @@ def test_one_k_is_a_bar() -> None:
 
 def test_the_causal_table_has_what_was_measured() -> None:
     shown = text(view(Fake(draws=20)), 120)
-    assert "induction, zero ablation: effect on loss_gap (nats per token), -3.127 without" in shown
+    assert "induction, zero ablation: effect on repeated_loss (nats per token), 1.073 without" in shown
     row = next(line for line in shown.splitlines() if line.startswith("| 2 |"))
     assert [cell.strip() for cell in row.strip("|").split("|")] == [
         "2",
@@ -248,6 +248,7 @@ def test_the_causal_table_has_what_was_measured() -> None:
         "[1.440, 2.070]",
         "0.060",
         "[-0.040, 0.220]",
+        "2.250",
     ]
     proved = text(view(Fake(draws=199)), 120)
     assert "verdict" in proved
@@ -260,11 +261,12 @@ def test_a_sentence_names_the_heads_that_matter() -> None:
         return " ".join(text(shown, 200).split("\n\n")[-1].split()).rsplit("+ ", 1)[-1]
 
     assert sentence(view(Fake(draws=20))).startswith(
-        "induction: 2.0 and 2.1 matter, ablated alone; without 2.0+2.1+1.3+2.3+0.1+0.2+1.0+1.2 (zero) loss_gap changes "
-        "by +2.391 [1.913, 2.749], without as many random heads by +0.240 [-0.160, 0.880] (20 draws: no verdict"
+        "induction: 2.0 and 2.1 matter alone (repeated_loss +1.000, +0.500); without 2.0+2.1+1.3+2.3+0.1+0.2+1.0+1.2 "
+        "(zero) repeated_loss changes by +2.391 [1.913, 2.749], without as many random heads by +0.240 [-0.160, 0.880] "
+        "(20 random sets: no verdict below 199 draws)"
     )
     assert "without 2.0 (zero)" in sentence(view(Fake(draws=199)))
-    assert "(199 draws: yes, p = 0.0050)" in sentence(view(Fake(draws=199)))
+    assert "(199 random sets: yes, p = 0.0050)" in sentence(view(Fake(draws=199)))
     none = Fake().summary_table().assign(verdict="inconclusive")
     assert "no head alone is shown to matter" in sentence(view(Fake(), summary=none))
     assert "alone" not in sentence(view(Fake(), "summary"))
@@ -272,8 +274,9 @@ def test_a_sentence_names_the_heads_that_matter() -> None:
 
 def test_heads_ablated_alone_are_those_of_the_score() -> None:
     summary = pd.concat([Fake().summary_table()] * 2, ignore_index=True)
-    summary["score"] = ["induction"] * 4 + ["previous_token"] * 4
-    summary.loc[:3, "verdict"] = "no"
+    half = len(summary) // 2
+    summary["score"] = ["induction"] * half + ["previous_token"] * half
+    summary.loc[: half - 1, "verdict"] = "no"
     shown = text(view(Fake(causal=("induction", "previous_token")), summary=summary), 300)
     assert "induction: no head alone is shown to matter" in shown
     assert "previous_token: 2.0 and 2.1 matter" in shown
@@ -288,10 +291,68 @@ def test_an_effect_that_is_not_defined_is_said() -> None:
 
 
 def test_only_the_first_metric_of_the_config_is_drawn() -> None:
-    other = Fake().causal_table().assign(metric="repeated_loss", effect=99.0)
+    other = Fake().causal_table().query("metric == 'repeated_loss'").assign(metric="first_loss", effect=99.0)
     shown = view(Fake(), causal=pd.concat([other, Fake().causal_table()], ignore_index=True))
-    assert {row["metric"] for row in shown.headline() if row["ablation"]} == {"loss_gap"}
+    assert {row["metric"] for row in shown.headline() if row["ablation"]} == {"repeated_loss"}
     assert "99.0" not in text(shown)
+    drawn = rows_of(specs(shown)["causal"], 0, -1)
+    assert max(row["y"] for row in drawn) == pytest.approx(2.4 * (1 - 0.5**8))
+
+
+def test_the_gap_stands_last_and_gives_way_first() -> None:
+    def header(shown: View, width: int) -> list[str]:
+        row = next(line for line in text(shown, width).splitlines() if line.startswith("| k |"))
+        return [cell.strip() for cell in row.strip("|").split("|")]
+
+    proved = view(Fake(draws=199))
+    names = ["k", "effect", "interval", "random", "random band", "p", "verdict", "loss_gap"]
+    found = {width: header(proved, width) for width in range(40, 121, 5)}
+    assert found[120] == names
+    assert found[80] == names[:-1]
+    assert all(shown == names for shown in found.values() if "loss_gap" in shown)
+    # A run whose first metric is the gap has it once, and one without it has no such column.
+    for metric, there in (("loss_gap", 1), ("repeated_loss", 0)):
+        rows = Fake().causal_table().query(f"metric == '{metric}'")
+        shown = view(Fake(), causal=rows)
+        assert {row["metric"] for row in shown.headline() if row["ablation"]} == {metric}
+        assert "loss_gap" not in header(shown, 200)
+        assert text(shown, 200).count("effect on loss_gap") == 2 * there
+
+
+def test_an_effect_on_the_gap_that_is_not_defined_is_said() -> None:
+    rows = [{**row, "effect": None if row["metric"] == "loss_gap" else 2.0} for row in records(Fake().causal_table())]
+    lines = text(view(Fake(), causal=table(rows)), 200).splitlines()
+    found = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| 2 | ")]
+    assert len(found) == 2
+    assert all(row[-1] == "undefined" and row[1] == "2.000" for row in found)
+
+
+@pytest.mark.parametrize(("effect", "matters"), [(0.3, True), (-0.3, False)])
+@pytest.mark.parametrize("metric", ["repeated_loss", "loss_gap", "first_loss", "loss"])
+def test_a_head_matters_where_its_ablation_raises_the_loss(metric: str, effect: float, matters: bool) -> None:
+    fake = Fake(draws=199)
+    causal = fake.causal_table().query("metric == 'repeated_loss'").assign(metric=metric)
+    summary = fake.summary_table().query("metric == 'repeated_loss'").assign(metric=metric)
+    summary.loc[summary["verdict"] == "yes", "effect"] = [effect, -0.7]
+    shown = " ".join(text(view(fake, causal=causal, summary=summary), 200).split())
+    assert (f"2.0 matters alone ({metric} +0.300); without 2.0" in shown) is matters
+    assert ("no head alone is shown to matter; without 2.0" in shown) is not matters
+
+
+def test_of_other_metrics_either_direction_matters() -> None:
+    fake = Fake(draws=199)
+    causal = fake.causal_table().query("metric == 'repeated_loss'").assign(metric="logit_diff")
+    summary = fake.summary_table().query("metric == 'repeated_loss'").assign(metric="logit_diff")
+    summary.loc[summary["verdict"] == "yes", "effect"] = [0.2, -0.7]
+    shown = " ".join(text(view(fake, causal=causal, summary=summary), 200).split())
+    assert "2.1 and 2.0 matter alone (logit_diff -0.700, +0.200)" in shown
+
+
+def test_few_random_sets_are_told_as_such() -> None:
+    rows = [{**row, "draws": 1, "p": 0.5, "verdict": "inconclusive"} for row in records(Fake().causal_table())]
+    shown = " ".join(text(view(Fake(), causal=table(rows)), 200).split())
+    assert "(1 random set: inconclusive, p = 0.5000)" in shown
+    assert "199" not in shown
 
 
 def test_along_training_the_last_checkpoint_is_mapped_and_the_loss_shares_the_axis() -> None:

@@ -1,18 +1,21 @@
 """The proof by intervention: what ablating a score's strongest heads does, beside as many random heads."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pandas as pd
 from rich.console import Group
 
 from mechinterp_cli.report.cells import figure, interval, number, probability, text
+from mechinterp_cli.report.rows import Row, records
 from mechinterp_cli.report.scores import head_name
 from mechinterp_cli.report.shapes import Curve, CurvePanel, Curves, y_range
 from mechinterp_cli.report.tables import Column, text_table
 
 VERDICT_DRAWS = 199
-"""Fewer draws of random heads give a band, but no p-value and no verdict."""
+"""Where fewer random sets are asked for there is a band, but no p-value and no verdict."""
+LOSSES = ("loss", "repeated_loss", "first_loss", "loss_gap")
+"""What a model loses raises these."""
 _COLUMNS = {
     "k": Column(),
     "effect": Column(),
@@ -23,11 +26,8 @@ _COLUMNS = {
     "verdict": Column(2, left=True),
 }
 
-Row = Mapping[str, object]
-
-
 _UNITS = {
-    **dict.fromkeys(("loss", "repeated_loss", "first_loss", "loss_gap"), "nats per token"),
+    **dict.fromkeys(LOSSES, "nats per token"),
     "kl": "nats",
     "logit_diff": "logits",
 }
@@ -44,10 +44,7 @@ def _parts(rows: pd.DataFrame) -> Iterator[tuple[str, str, list[Row]]]:
         return
     for score, of_score in rows.groupby("score", sort=False):
         for ablation, part in of_score.groupby("ablation", sort=False):
-            records: list[Row] = [
-                {str(name): value for name, value in row.items()} for row in part.sort_values("k").to_dict("records")
-            ]
-            yield str(score), str(ablation), records
+            yield str(score), str(ablation), records(part.sort_values("k"))
 
 
 def causal_curves(
@@ -72,13 +69,13 @@ def causal_curves(
         return None
     parts = list(_parts(rows))
     metric = str(rows["metric"].iloc[0])
-    panels = [(score, _panel(score, ablation, metric, records, noun)) for score, ablation, records in parts]
+    panels = [(score, _panel(score, ablation, metric, told, noun)) for score, ablation, told in parts]
     ranges = {score: y_range([panel for other, panel in panels if other == score]) for score, _ in panels}
     draws = sorted({int(number(count)) for count in rows["draws"].dropna()})
     baseline = sorted({figure(value) for value in rows["baseline"].dropna()})
     captions = [
         f"{metric} without ablation: {' to '.join(dict.fromkeys((baseline[0], baseline[-1])))}." if baseline else "",
-        f"{' to '.join(map(str, dict.fromkeys((draws[0], draws[-1]))))} draws of random {noun}, of the same layers."
+        f"{' to '.join(map(str, dict.fromkeys((draws[0], draws[-1]))))} random sets of {noun}, of the same layers."
         if draws
         else "",
     ]
@@ -97,11 +94,11 @@ def _within(panel: CurvePanel, ends: tuple[float, float]) -> CurvePanel:
     return CurvePanel(title=panel.title, y_title=panel.y_title, curves=panel.curves, y_range=ends)
 
 
-def _panel(score: str, ablation: str, metric: str, records: Sequence[Row], noun: str) -> CurvePanel:
-    x = tuple(number(row["k"]) for row in records)
+def _panel(score: str, ablation: str, metric: str, told: Sequence[Row], noun: str) -> CurvePanel:
+    x = tuple(number(row["k"]) for row in told)
 
     def column(name: str) -> tuple[float, ...]:
-        return tuple(number(row[name]) for row in records)
+        return tuple(number(row[name]) for row in told)
 
     strongest, random = f"strongest {noun}, interval", f"random {noun}, middle 95 % of draws"
     curves = (
@@ -115,7 +112,9 @@ def _heading(score: str, ablation: str) -> str:
     return ", ".join(filter(None, (score, f"{ablation} ablation")))
 
 
-def causal_tables(rows: pd.DataFrame, *, width: int, plain: bool, noun: str = "heads") -> Iterator[Group]:
+def causal_tables(
+    rows: pd.DataFrame, *, width: int, plain: bool, noun: str = "heads", other: pd.DataFrame | None = None
+) -> Iterator[Group]:
     """One table per score and ablation: effect, interval, random heads, p and verdict where there are.
 
     Args:
@@ -123,17 +122,29 @@ def causal_tables(rows: pd.DataFrame, *, width: int, plain: bool, noun: str = "h
         width: Columns of the terminal.
         plain: ASCII only, no colour.
         noun: What is ablated.
+        other: Rows of another metric, whose effects stand in a last column where there is room.
     """
-    for score, ablation, records in _parts(rows):
-        metric = unit_of(text(records[0]["metric"]))
-        without = figure(records[0]["baseline"])
+    beside = {_place(row): row for row in records(other)} if other is not None else {}
+    columns = {**_COLUMNS, **{text(row["metric"]): Column(5) for row in beside.values()}}
+    for score, ablation, told in _parts(rows):
+        metric = unit_of(text(told[0]["metric"]))
+        without = figure(told[0]["baseline"])
         lines = (
             f"{_heading(score, ablation)}: effect on {metric}" + (f", {without} without" if without else ""),
             # A smaller k takes the first of them.
-            f"{noun}, strongest first: {text(records[-1]['heads']).replace('+', ' ')}",
+            f"{noun}, strongest first: {text(told[-1]['heads']).replace('+', ' ')}",
         )
-        cells = [_cells(row) for row in records]
-        yield text_table(cells, _COLUMNS, lines=lines, width=width, plain=plain)
+        cells = [_cells(row) | _effect(beside.get(_place(row))) for row in told]
+        yield text_table(cells, columns, lines=lines, width=width, plain=plain)
+
+
+def _place(row: Row) -> tuple[str, str, int]:
+    return text(row["score"]), text(row["ablation"]), int(number(row["k"]))
+
+
+def _effect(row: Row | None) -> dict[str, str]:
+    """The effect on another metric, under that metric's name."""
+    return {} if row is None else {text(row["metric"]): figure(row["effect"]) or "undefined"}
 
 
 def _cells(row: Row) -> dict[str, str]:
@@ -151,6 +162,8 @@ def _cells(row: Row) -> dict[str, str]:
 def causal_sentences(rows: pd.DataFrame, single: pd.DataFrame, *, noun: str = "heads") -> list[str]:
     """One sentence per score: which heads matter alone, and what ablating the strongest does.
 
+    A head matters whose verdict is `yes` and, where a loss is measured, whose ablation raises it.
+
     Args:
         rows: The causal table's rows of one metric and checkpoint.
         single: Summary rows of heads ablated one by one, of the same metric and checkpoint; with a column `score`
@@ -158,11 +171,11 @@ def causal_sentences(rows: pd.DataFrame, single: pd.DataFrame, *, noun: str = "h
         noun: What is ablated.
     """
     sentences: dict[str, str] = {}
-    for score, ablation, records in _parts(rows):
+    for score, ablation, ranked in _parts(rows):
         if score in sentences:
             continue
-        told = [row for row in records if np.isfinite(number(row["effect"]))]
-        alone = _alone(single, score, ablation, records)
+        told = [row for row in ranked if np.isfinite(number(row["effect"]))]
+        alone = _alone(single, score, ablation, ranked)
         group = _group(max(told, key=_standing), ablation, noun) if told else "no effect is defined"
         sentences[score] = f"{score}: {alone}{group}.".removeprefix(": ")
     return list(sentences.values())
@@ -183,19 +196,27 @@ def _group(row: Row, ablation: str, noun: str) -> str:
         words += f", without as many random {noun} by {figure(row['random_effect'], sign=True)}"
         words += f" {interval(row['random_low'], row['random_high'])}".rstrip()
         p = probability(row["p"])
-        verdict = f"{text(row['verdict'])}, p = {p}" if p else f"no verdict below {VERDICT_DRAWS}"
-        words += f" ({draws} draws: {verdict})"
+        verdict = f"{text(row['verdict'])}, p = {p}" if p else f"no verdict below {VERDICT_DRAWS} draws"
+        words += f" ({draws} random {'set' if draws == 1 else 'sets'}: {verdict})"
     return words
 
 
-def _alone(single: pd.DataFrame, score: str, ablation: str, records: Sequence[Row]) -> str:
-    candidates = {name for row in records for name in text(row["heads"]).split("+")}
-    rows = [{str(name): value for name, value in row.items()} for row in single.to_dict("records")]
-    rows = [row for row in rows if text(row.get("score", score)) == score]
+def _alone(single: pd.DataFrame, score: str, ablation: str, ranked: Sequence[Row]) -> str:
+    candidates = {name for row in ranked for name in text(row["heads"]).split("+")}
+    rows = [row for row in records(single) if text(row.get("score", score)) == score]
     rows = [row for row in rows if text(row.get("ablation", ablation)) == ablation and head_name(row) in candidates]
-    rows.sort(key=lambda row: -abs(number(row["effect"])))
-    matter = list(dict.fromkeys(head_name(row) for row in rows if text(row["verdict"]) == "yes"))
-    if matter:
-        named = " and ".join([", ".join(matter[:-1]), matter[-1]] if len(matter) > 1 else matter)
-        return f"{named} {'matter' if len(matter) > 1 else 'matters'}, ablated alone; "
-    return "no head alone is shown to matter; " if rows else ""
+    if not rows:
+        return ""
+    matter = sorted((row for row in rows if _matters(row)), key=lambda row: -abs(number(row["effect"])))
+    if not matter:
+        return "no head alone is shown to matter; "
+    *rest, last = map(head_name, matter)
+    named = f"{', '.join(rest)} and {last} matter" if rest else f"{last} matters"
+    lost = ", ".join(figure(row["effect"], sign=True) for row in matter)
+    return f"{named} alone ({text(ranked[0]['metric'])} {lost}); "
+
+
+def _matters(row: Row) -> bool:
+    """A verdict, and that something is lost: another change of a loss is no need for the head."""
+    lost = number(row["effect"]) > 0 or text(row["metric"]) not in LOSSES
+    return text(row["verdict"]) == "yes" and lost

@@ -12,6 +12,7 @@ from mechinterp_cli.report.causal import causal_curves, causal_sentences, causal
 from mechinterp_cli.report.cells import figure, interval, missing, number, text
 from mechinterp_cli.report.checkpoints import Checkpoints, checkpoints_of
 from mechinterp_cli.report.grid import Heatmap
+from mechinterp_cli.report.rows import chosen_metric, having
 from mechinterp_cli.report.scores import from_name, head_name, of_score, score_map, scores_in, strongest_heads
 from mechinterp_cli.report.shapes import AttentionPanel, AttentionPicture, Picture
 from mechinterp_cli.report.tables import Column, line, text_table
@@ -23,6 +24,8 @@ HEADLINE_SCORE = ("score", "layer", "head", "kv_head", "value", "ci_low", "ci_hi
 HEADLINE_CAUSAL = ("ablation", "k", "heads", "metric", "effect", "random_effect", "random_low", "random_high")
 HEADLINE = tuple(dict.fromkeys((*HEADLINE_SCORE, *HEADLINE_CAUSAL, "draws", "difference", "p", "verdict")))
 """Rows of scores and rows of ablations, told apart by `ablation`, which is null for scores."""
+GAP = "loss_gap"
+"""The metric whose effect stands beside that of the first: what is lost of the gain from repetition."""
 _COLUMNS = {
     "score": Column(left=True),
     "head": Column(),
@@ -49,6 +52,8 @@ class HeadsView:
     """Ablations of the last checkpoint and one metric; empty where there were none."""
     single: pd.DataFrame
     """Heads ablated alone, of the same checkpoint and metric."""
+    gap: pd.DataFrame
+    """Ablations of the last checkpoint and `loss_gap`, where `causal` is of another metric."""
     baselines: pd.DataFrame | None
     """Metrics of the unedited model."""
     about: tuple[str, ...]
@@ -87,7 +92,7 @@ class HeadsView:
             yield checkpoint_table(
                 self.everywhere, self.baselines, self.checkpoints, self.scores, width=width, plain=plain
             )
-        yield from causal_tables(self.causal, width=width, plain=plain)
+        yield from causal_tables(self.causal, width=width, plain=plain, other=self.gap)
         if sentences := causal_sentences(self.causal, self.single):
             yield Group(*[line(sentence, plain) for sentence in sentences])
 
@@ -134,28 +139,20 @@ def heads_view(manifest: Manifest, tables: Mapping[str, pd.DataFrame]) -> HeadsV
     checkpoints = checkpoints_of(everywhere)
     about = (str(manifest.model.get("id", "")), str(manifest.task.get("name", "")))
     last = checkpoints.last(everywhere)
-    causal = _one_metric(checkpoints.last(tables.get("causal", pd.DataFrame())), manifest.config.get("metrics", ()))
-    metric = str(causal["metric"].iloc[0]) if len(causal) else ""
+    proof = checkpoints.last(tables.get("causal", pd.DataFrame()))
+    metric = chosen_metric(proof, manifest.config.get("metrics", ()))
     return HeadsView(
         everywhere=everywhere,
         checkpoints=checkpoints,
         maps=tuple(_maps(last, (*about, checkpoints.about))),
         attention=tuple(_attention(checkpoints, tables, last, about)),
-        causal=causal,
+        causal=having(proof, metric=metric),
         single=_single(checkpoints.last(tables.get("summary", pd.DataFrame())), metric),
+        gap=having(proof, metric=GAP) if metric != GAP else pd.DataFrame(),
         baselines=tables.get("baselines"),
         about=about,
         count=manifest.config["output"]["top"],
     )
-
-
-def _one_metric(causal: pd.DataFrame, metrics: Sequence[str]) -> pd.DataFrame:
-    """The rows of the first of the config's metrics that has any, else of the first that there is."""
-    if causal.empty:
-        return pd.DataFrame()
-    there = [str(name) for name in dict.fromkeys(causal["metric"])]
-    chosen = next((name for name in metrics if name in there), there[0])
-    return causal[causal["metric"] == chosen]
 
 
 def _single(summary: pd.DataFrame, metric: str) -> pd.DataFrame:
