@@ -15,6 +15,7 @@ from mechinterp_cli.methods.heads.attention import ATTENTION_SCORES, Sequences
 from mechinterp_cli.methods.heads.composition import compositions
 from mechinterp_cli.methods.heads.direct import direct_effects
 from mechinterp_cli.methods.heads.scoring import SHOWN_TOKENS
+from mechinterp_cli.methods.heads.tables import few_sequences
 from mechinterp_cli.methods.heads.weights import circuits, copying_scores, sample_tokens
 from mechinterp_cli.methods.measure import build_prompts
 from mechinterp_cli.models.load import load_model
@@ -123,6 +124,39 @@ def test_intervals_hold_the_value_and_widen_with_the_level(run: Run, tmp_path: P
         (t := one.table("scores"))["ci_high"].to_numpy(float) - t["ci_low"].to_numpy(float) for one in (wide, narrow)
     ]
     assert (width[0] > width[1]).all()
+
+
+@pytest.mark.parametrize(
+    ("counts", "said"),
+    [
+        ({"induction": 19, "copying": None}, ["scores: 19 sequences are fewer than 20; intervals are rough"]),
+        ({"induction": 20, "first_token": 0, "copying": None}, []),
+        ({"induction": 1, "first_token": 1}, ["scores: 1 sequence is fewer than 20; there is no interval"]),
+        (
+            {"induction": 1, "first_token": 40, "prefix_matching": 7},
+            [
+                "induction: 1 sequence is fewer than 20; there is no interval",
+                "prefix_matching: 7 sequences are fewer than 20; intervals are rough",
+            ],
+        ),
+    ],
+)
+def test_few_sequences_are_said(counts: dict[str, int | None], said: list[str]) -> None:
+    rows = [
+        {"score": score, "layer": layer, "head": 0, "n": n, "ci_low": 0.1 if layer and n and n > 1 else None}
+        for score, n in counts.items()
+        for layer in range(2)
+    ]
+    assert few_sequences(rows) == said
+
+
+def test_few_sequences_are_said_once_for_all_checkpoints(tmp_path: Path) -> None:
+    model = {"id": "toy-induction", "checkpoints": ["step0", "step1500"]}
+    run = run_method(tmp_path, "heads", {"scores": ["first_token"], "show": 0}, model=model)
+    assert run.manifest["warnings"] == ["scores: 8 sequences are fewer than 20; intervals are rough"]
+    alone = run_method(tmp_path, "heads", {"scores": ["first_token"], "show": 0}, task={**TASK, "n": 1, "block": 5})
+    assert alone.table("scores")["ci_low"].isna().all()
+    assert alone.manifest["warnings"] == ["scores: 1 sequence is fewer than 20; there is no interval"]
 
 
 def test_scores_of_weights_are_the_functions_own(run: Run) -> None:
@@ -382,7 +416,11 @@ def test_a_users_text_is_scored_where_its_tokens_come_again(tmp_path: Path, toy:
         assert set(rows["n"]) == {n}
     sequences = run.table("sequences")
     assert set(sequences[sequences["score"] == "prefix_matching"]["prompt"]) == {0, 2}
-    assert "1 prompt dropped: fewer than 2 tokens" in run.manifest["warnings"]
+    assert run.manifest["warnings"] == [
+        "1 prompt dropped: fewer than 2 tokens",
+        "previous_token, first_token: 3 sequences are fewer than 20; intervals are rough",
+        "duplicate_token, prefix_matching: 2 sequences are fewer than 20; intervals are rough",
+    ]
 
 
 def test_a_score_that_no_prompt_has_is_undefined(tmp_path: Path) -> None:
@@ -395,4 +433,4 @@ def test_a_score_that_no_prompt_has_is_undefined(tmp_path: Path) -> None:
     assert (rows["n"] == 0).all()
     assert set(run.table("sequences")["score"]) == set(run.table("patterns")["score"]) == {"first_token"}
     said = "prefix_matching is undefined: no scored prompt has a position that counts"
-    assert run.manifest["warnings"] == [said]
+    assert run.manifest["warnings"] == [said, "first_token: 2 sequences are fewer than 20; intervals are rough"]

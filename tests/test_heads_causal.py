@@ -1,10 +1,11 @@
 """The ablations of `heads`: numbers against plain hooks and torch's own losses; the verdict on the planted heads."""
 
 import json
-import math
 import shutil
+from collections import Counter
 from collections.abc import Hashable, Mapping
 from contextlib import ExitStack
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,8 @@ METRICS = ("loss_gap", "repeated_loss", "first_loss")
 CAUSAL: dict[str, Any] = {"scores": ["induction", "previous_token"], "k": [1, 2], "random": DRAWS, "prompts": ABLATED}
 SECTION = {"scores": ["induction", "previous_token"], "show": 0, "causal": CAUSAL}
 Head = tuple[int, int]
+HEADS = [(layer, head) for layer in range(2) for head in range(4)]
+"""Of both toys."""
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +109,13 @@ def plain_losses(logits: Tensor, tokens: list[int]) -> list[float]:
 def heads_of(text: str) -> list[Head]:
     """`0.1+1.2` as (layer, head)."""
     return [(int(layer), int(head)) for layer, head in (part.split(".") for part in text.split("+"))]
+
+
+def other_sets(top: set[Head], heads: list[Head] = HEADS) -> set[frozenset[Head]]:
+    """Every set with as many heads of each layer and none of these, found by trying all sets."""
+    layers = Counter(layer for layer, _ in top)
+    every = combinations([head for head in heads if head not in top], len(top))
+    return {frozenset(chosen) for chosen in every if Counter(layer for layer, _ in chosen) == layers}
 
 
 class Plain:
@@ -179,14 +189,17 @@ def effects(run: Run, design: str, row: Mapping[Hashable, Any]) -> npt.NDArray[n
     return found
 
 
-@pytest.fixture(scope="module")
-def wide(tmp_path_factory: pytest.TempPathFactory) -> Run:
+def run_wide(folder: Path, **section: Any) -> Run:
     """A random model with so many heads that hardly two random sets are the same."""
-    folder = tmp_path_factory.mktemp("wide")
     model = write_folder(folder / "model", tiny_llama(num_attention_heads=16, num_key_value_heads=4))
     causal = CAUSAL | {"scores": ["first_token"], "k": [3], "values": ["mean"]}
-    section = {"scores": ["first_token"], "show": 0, "causal": causal}
-    return run_method(folder, "heads", section, task=TASK, model={"id": str(model)})
+    whole = {"scores": ["first_token"], "show": 0, "causal": causal} | section
+    return run_method(folder, "heads", whole, task=TASK, model={"id": str(model)})
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return run_wide(tmp_path_factory.mktemp("wide"))
 
 
 @pytest.mark.parametrize(("which", "count"), [("run", 2 * 2 * 2 * 3), ("wide", 3)])
@@ -196,7 +209,8 @@ def test_the_causal_table_is_what_the_results_say(request: pytest.FixtureRequest
     assert len(rows) == count
     for row in rows:
         own, random = effects(run, "top", row)[0], effects(run, "random", row)
-        assert len(random) == row["draws"] == DRAWS
+        sets = len(other_sets(set(heads_of(row["heads"])))) if which == "run" else DRAWS
+        assert len(random) == row["draws"] == sets
         assert len(own) == row["n"] == ABLATED
         means = random.mean(1)
         wanted = {"effect": own.mean(), "random_effect": means.mean(), "difference": own.mean() - means.mean()}
@@ -205,7 +219,7 @@ def test_the_causal_table_is_what_the_results_say(request: pytest.FixtureRequest
             assert row[name] == pytest.approx(value, abs=2e-5 if which == "run" else 2e-6), name
         # Rounding decides between equal sets, which are computed in different units.
         least, most = ((np.abs(means) >= abs(own.mean()) + shift).sum() for shift in (1e-6, -1e-6))
-        assert (1 + least) / (DRAWS + 1) <= row["p"] <= (1 + most) / (DRAWS + 1)
+        assert (1 + least) / (sets + 1) <= row["p"] <= (1 + most) / (sets + 1)
         for low, value, high in (("ci_low", "effect", "ci_high"), ("difference_low", "difference", "difference_high")):
             assert row[low] - 1e-9 <= row[value] <= row[high] + 1e-9
         assert row["verdict"] in ("yes", "no", "inconclusive")
@@ -233,17 +247,35 @@ def test_effects_and_baselines_are_those_of_the_summary(run: Run) -> None:
 
 def test_what_a_reader_must_know_is_said(run: Run, tmp_path: Path) -> None:
     rough = "prompts are fewer than 20; intervals and p-values are rough"
-    assert run.manifest["warnings"][-1] == f"causal: 5 {rough}"
+    causal = run.table("causal")
+    tops = causal[(causal["ablation"] == "zero") & (causal["metric"] == "loss_gap")].to_dict("records")
+    counts = [(len(other_sets(set(heads_of(row["heads"])))), row) for row in tops]
+    assert run.manifest["warnings"] == [
+        "scores: 7 sequences are fewer than 20; intervals are rough",
+        *(
+            f"causal: only {n} random {'set' if n == 1 else 'sets'} beside the top {row['k']} by {row['score']}: "
+            "there are no more"
+            for n, row in counts
+        ),
+        f"causal: 5 {rough}",
+    ]
     section = SECTION | {"causal": CAUSAL | {"random": 4, "k": [1, 9], "prompts": 2}}
     few = run_method(tmp_path, "heads", section, task=TASK)
     assert few.table("causal")["ci_low"].isna().all()
-    assert [warning for warning in few.manifest["warnings"] if "random heads" not in warning] == [
+    assert few.manifest["warnings"] == [
+        "scores: 10 sequences are fewer than 20; intervals are rough",
         "causal: induction is defined for 8 heads; larger k are left out",
+        "causal: only 3 random sets beside the top 1 by induction: there are no more",
         "causal: previous_token is defined for 8 heads; larger k are left out",
+        "causal: only 3 random sets beside the top 1 by previous_token: there are no more",
         "causal: no effect has an interval with 2 prompts; raise heads.causal.prompts",
         f"causal: 2 {rough}",
     ]
-    assert not any("interval with" in warning for warning in run.manifest["warnings"])
+
+
+def test_enough_sequences_and_sets_need_no_warning(tmp_path: Path) -> None:
+    section = SECTION | {"causal": CAUSAL | {"random": 3, "k": [1], "prompts": 20}}
+    assert run_method(tmp_path, "heads", section, task=TASK | {"n": 40}).manifest["warnings"] == []
 
 
 def test_a_score_that_no_head_has_ablates_nothing(tmp_path: Path) -> None:
@@ -255,14 +287,15 @@ def test_a_score_that_no_head_has_ablates_nothing(tmp_path: Path) -> None:
     assert len(run.table("baselines")) == 12 * 3
 
 
-@pytest.mark.parametrize("draws", [DRAWS, DRAWS - 1])
-def test_fewer_draws_give_a_band_and_no_verdict(tmp_path: Path, draws: int) -> None:
-    causal = CAUSAL | {"random": draws, "scores": ["induction"], "k": [1], "values": ["zero"]}
+@pytest.mark.parametrize("asked", [DRAWS, DRAWS - 1])
+def test_a_verdict_needs_so_many_draws_asked_for_however_few_sets_there_are(tmp_path: Path, asked: int) -> None:
+    causal = CAUSAL | {"random": asked, "scores": ["induction"], "k": [1], "values": ["zero"]}
     rows = run_method(tmp_path, "heads", SECTION | {"causal": causal}, task=TASK).table("causal")
-    assert (rows["draws"] == draws).all()
+    assert (rows["draws"] == 3).all()
     assert rows[["random_low", "random_high", "difference"]].notna().all(axis=None)
-    assert rows["p"].notna().all() == rows["verdict"].notna().all() == (draws >= 199)
-    assert rows["p"].isna().all() == (draws < 199)
+    assert rows["p"].notna().all() == rows["verdict"].notna().all() == (asked >= 199)
+    assert rows["p"].isna().all() == (asked < 199)
+    assert asked < 199 or (rows["p"] >= 0.25).all()
 
 
 # --- which heads
@@ -286,13 +319,24 @@ def test_random_sets_have_as_many_heads_in_each_layer_and_none_of_the_strongest(
         strongest = set(zip(top["layer"], top["head"], strict=True))
         assert len(strongest) == k
         drawn = part[part["design"] == "random"]
-        assert sorted(drawn["draw"].unique()) == list(range(DRAWS)), (score, op)
-        for _, one in drawn.groupby("trial"):
-            assert sorted(one["layer"]) == sorted(top["layer"])
-            heads = set(zip(one["layer"], one["head"], strict=True))
-            assert len(heads) == k
-            assert not heads & strongest
-        assert drawn["set"].nunique() == math.comb(4 - k, k) if len(set(top["layer"])) == 1 else True
+        sets = [frozenset(zip(one["layer"], one["head"], strict=True)) for _, one in drawn.groupby("trial")]
+        assert sorted(drawn["draw"].unique()) == list(range(len(sets))), (score, op)
+        # Fewer sets than draws asked for: all of them, each once.
+        assert len(sets) == len(set(sets))
+        assert set(sets) == other_sets(strongest)
+        assert len(sets) == {1: 3, 2: 9 if len(set(top["layer"])) == 2 else 1}[k]
+
+
+def test_where_there_are_more_sets_so_many_are_drawn(wide: Run) -> None:
+    trials = wide.table("trials")
+    top, drawn = (trials[trials["design"] == design] for design in ("top", "random"))
+    strongest = set(zip(top["layer"], top["head"], strict=True))
+    sets = [frozenset(zip(one["layer"], one["head"], strict=True)) for _, one in drawn.groupby("trial")]
+    possible = other_sets(strongest, [(layer, head) for layer in range(2) for head in range(16)])
+    assert len(sets) == DRAWS < len(possible)
+    assert set(sets) <= possible
+    assert len(set(sets)) > DRAWS / 2
+    assert {head for one in sets for _, head in one} == set(range(16)) or len(set(top["layer"])) == 1
 
 
 def test_both_ablations_have_the_same_draws_and_heads_are_ablated_alone_once(run: Run) -> None:
@@ -312,29 +356,44 @@ def test_seeds_decide(run: Run, tmp_path: Path) -> None:
     same, other = again(), again(seed=1)
     for name in ("trials", "results", "summary", "causal", "scores", "sequences", "baselines"):
         assert (same.path / f"{name}.parquet").read_bytes() == (run.path / f"{name}.parquet").read_bytes(), name
-    pd.testing.assert_frame_equal(run.table("scores"), other.table("scores"))
-    tables = [one.table("trials") for one in (run, other)]
+    # All sets that there are need no seed.
+    for name in ("scores", "trials", "causal"):
+        pd.testing.assert_frame_equal(run.table(name), other.table(name))
+
+
+def test_seeds_decide_which_sets_are_drawn(wide: Run, tmp_path: Path) -> None:
+    tables = [one.table("trials") for one in (wide, run_wide(tmp_path / "same"), run_wide(tmp_path / "other", seed=1))]
     top, random = (
         [table[table["design"] == design]["set"].tolist() for table in tables] for design in ("top", "random")
     )
-    assert top[0] == top[1]
-    assert random[0] != random[1]
+    assert top[0] == top[1] == top[2]
+    assert random[0] == random[1]
+    assert random[0] != random[2]
 
 
 # --- the planted circuit
 
-# Blocks of as many lengths as there are prompts: with one length all effects would be the same but for rounding.
 PLANTED = {"name": "repeats", "n": 12, "block": [6, 7, 8, 9, 10, 11], "repeats": 2}
+ALIKE = PLANTED | {"block": 8}
+"""Blocks of one length: all effects are the same but for rounding."""
 PROVED = 6
+
+
+def run_planted(folder: Path, task: dict[str, Any], random: int) -> Run:
+    """Every head of the planted model ablated alone, for either score."""
+    causal = {"scores": ["previous_token", "induction"], "k": [1, 2, 8], "random": random, "prompts": PROVED}
+    section = {"scores": ["previous_token", "induction"], "causal": causal}
+    return run_method(folder, "heads", section, model={"id": "planted-induction"}, task=task)
 
 
 @pytest.fixture(scope="module")
 def proof(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """Every head of the planted model ablated alone, for either score."""
-    causal = {"scores": ["previous_token", "induction"], "k": [1, 2, 8], "random": 3, "prompts": PROVED}
-    section = {"scores": ["previous_token", "induction"], "causal": causal}
-    folder = tmp_path_factory.mktemp("planted")
-    return run_method(folder, "heads", section, model={"id": "planted-induction"}, task=PLANTED)
+    return run_planted(tmp_path_factory.mktemp("planted"), PLANTED, 3)
+
+
+@pytest.fixture(scope="module")
+def alike(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return run_planted(tmp_path_factory.mktemp("alike"), ALIKE, DRAWS)
 
 
 def test_planted_heads_stand_out_and_all_others_are_at_their_closed_form(proof: Run) -> None:
@@ -357,10 +416,13 @@ def test_planted_heads_stand_out_and_all_others_are_at_their_closed_form(proof: 
             assert row["value"] < 0.2
 
 
-@pytest.mark.parametrize("metric", ["loss_gap", "repeated_loss"])
+@pytest.mark.parametrize("metric", ["repeated_loss", "loss_gap"])
 @pytest.mark.parametrize("score", ["previous_token", "induction"])
-def test_the_verdict_names_exactly_the_planted_heads(proof: Run, metric: str, score: str) -> None:
-    summary = proof.table("summary")
+@pytest.mark.parametrize("which", ["proof", "alike"])
+def test_the_verdict_names_exactly_the_planted_heads(
+    request: pytest.FixtureRequest, which: str, metric: str, score: str
+) -> None:
+    summary = request.getfixturevalue(which).table("summary")
     rows = summary[(summary["design"] == "single") & (summary["metric"] == metric) & (summary["score"] == score)]
     verdicts = {(row["layer"], row["head"]): row["verdict"] for row in rows.to_dict("records")}
     assert len(verdicts) == len(rows) == 8
@@ -369,6 +431,47 @@ def test_the_verdict_names_exactly_the_planted_heads(proof: Run, metric: str, sc
     assert set(others["verdict"]) == {"no"}
     assert others["effect"].abs().max() < 1e-6
     assert rows[rows["verdict"] == "yes"]["effect"].min() > 1
+    assert rows[["ci_low", "ci_high"]].notna().all(axis=None)
+
+
+def test_effects_that_differ_by_rounding_alone_have_intervals(proof: Run, alike: Run) -> None:
+    def spread(run: Run) -> float:
+        results = run.table("results")
+        rows = results[(results["ablation"] == "zero") & (results["metric"] == "repeated_loss")]
+        return float(rows.groupby("trial")["effect"].agg(np.ptp).max())
+
+    assert 0 < spread(alike) < 1e-4 < spread(proof)
+    rows = alike.table("causal")
+    rows = rows[(rows["k"] < 8) & (rows["metric"] == "repeated_loss") & (rows["ablation"] == "zero")]
+    assert len(rows) == 4
+    assert rows[["ci_low", "ci_high", "difference_low", "difference_high"]].notna().all(axis=None)
+    assert ((rows["ci_high"] - rows["ci_low"]).abs() < 1e-4).all()
+
+
+def test_one_of_few_sets_is_no_proof_however_large_its_effect(alike: Run) -> None:
+    rows = alike.table("causal")
+    rows = rows[(rows["score"] == "induction") & (rows["k"] == 1) & (rows["metric"] == "repeated_loss")]
+    assert len(rows) == 2
+    assert (rows["draws"] == 3).all()
+    assert (rows["p"] == 0.25).all()
+    assert (rows["difference_low"] > 1).all()
+    assert (rows["verdict"] == "inconclusive").all()
+
+
+def test_random_sets_may_hold_what_another_score_finds(alike: Run) -> None:
+    causal = alike.table("causal")
+    (row,) = causal[
+        (causal["score"] == "previous_token") & (causal["k"] == 2)
+        & (causal["metric"] == "repeated_loss") & (causal["ablation"] == "zero")
+    ].to_dict("records")  # fmt: skip
+    sets = other_sets(set(heads_of(row["heads"])))
+    with_induction = sum(INDUCTION_HEAD in one for one in sets)
+    assert with_induction > 0
+    assert row["draws"] == len(sets)
+    # Without the induction head the loss rises by more than without the previous-token head.
+    assert row["p"] == (1 + with_induction) / (len(sets) + 1)
+    assert row["verdict"] == "inconclusive"
+    assert row["random_high"] > row["effect"] > 1
 
 
 def test_the_margin_says_what_matters(tmp_path: Path) -> None:
@@ -395,7 +498,7 @@ def test_without_others_in_a_layer_there_are_no_random_sets(proof: Run) -> None:
     assert (rows["draws"] == 0).all()
     assert rows[["random_effect", "difference", "p", "verdict"]].isna().all(axis=None)
     assert rows["effect"].notna().all()
-    said = "causal: no random heads beside the top 8 by induction: a layer has too few others"
+    said = "causal: no random set beside the top 8 by induction: a layer has too few others"
     assert said in proof.manifest["warnings"]
 
 

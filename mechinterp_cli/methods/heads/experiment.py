@@ -87,9 +87,11 @@ class HeadsExperiment(Experiment):
         stats, anatomy = self.loaded.config.stats, self.model.anatomy
         found = self._scores(bench)
         clusters = [self.prompts.prompts[i].cluster for i in self.scored]
-        written: dict[str, Any] = {
-            "scores": tables.score_rows(found, self.scores, self.layers, anatomy, clusters, stats),
-        }
+        rows = tables.score_rows(found, self.scores, self.layers, anatomy, clusters, stats)
+        # All checkpoints are scored on the same sequences.
+        for warning in tables.few_sequences(rows) if self._is_first() else ():
+            bench.run.warn(warning)
+        written: dict[str, Any] = {"scores": rows}
         if self.loaded.config.output.rows == "all":
             sequences = tables.sequence_rows(found, self.scores, self.layers, anatomy, self.prompts, self.scored)
             written["sequences"] = sequences
@@ -137,6 +139,10 @@ class HeadsExperiment(Experiment):
             seen = token_losses(self.model.model, self.model.anatomy, tokens)
             losses[bucket] = TokenMeasurer(METRICS, tokens).reduce(seen[..., None]).numpy()
         return losses
+
+    def _is_first(self) -> bool:
+        """Whether there is no checkpoint before this one."""
+        return self.setting.moment.name in (None, moments_of(self.loaded.config.model)[0].name)
 
     def _is_ablated(self) -> bool:
         """Whether this is one of the checkpoints whose heads are ablated."""

@@ -11,7 +11,7 @@ from mechinterp_cli.config.schema import StatsOptions as StatsSection
 from mechinterp_cli.methods.heads.options import METRICS
 from mechinterp_cli.methods.heads.scoring import Scored, ShownPattern
 from mechinterp_cli.models.anatomy import Anatomy
-from mechinterp_cli.stats import choose_units, draw_weights, ratio_intervals
+from mechinterp_cli.stats import StatsOptions, choose_units, draw_weights, ratio_intervals
 from mechinterp_cli.stats.intervals import IntervalMethod
 from mechinterp_cli.tasks.prompts import PromptSet
 
@@ -57,6 +57,29 @@ def score_rows(
         else:
             rows += [_strongest_pair(scored, name, *place) for place in places]
     return [row | {"kv_head": kv_head(anatomy, row["layer"], row["head"])} for row in rows]
+
+
+def few_sequences(rows: Sequence[Row]) -> list[str]:
+    """What a reader must know of scores that are means over few sequences.
+
+    Args:
+        rows: As `score_rows` gives them.
+
+    Returns:
+        One sentence for scores of as many sequences; none for scores of weights, and of no sequence at all.
+    """
+    counts = {str(row["score"]): int(row["n"]) for row in rows if row.get("n")}
+    known = {row["score"] for row in rows if row.get("ci_low") is not None}
+    alike: dict[tuple[int, bool], list[str]] = {}
+    for name, count in counts.items():
+        if count < StatsOptions.min_prompts:
+            alike.setdefault((count, name in known), []).append(name)
+    found = []
+    for (count, with_interval), names in alike.items():
+        which = "scores" if len(names) == len(counts) else ", ".join(names)
+        few = f"{count} {'sequence is' if count == 1 else 'sequences are'} fewer than {StatsOptions.min_prompts}"
+        found.append(f"{which}: {few}; {'intervals are rough' if with_interval else 'there is no interval'}")
+    return found
 
 
 def head_count(anatomy: Anatomy, layer: int) -> int:
