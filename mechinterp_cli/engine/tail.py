@@ -5,6 +5,7 @@ values that were put there. Every layer, the final norm and the head run by the 
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from mechinterp_cli.engine.early import forward_until
 from mechinterp_cli.engine.edits import Bucket
 from mechinterp_cli.engine.instrument import Visitor, Wanted, visiting
 from mechinterp_cli.models.anatomy import Anatomy, device_of
+from mechinterp_cli.models.record import hooked
 from mechinterp_cli.models.walk import LayerCall, first_tensor, forward, stubs
 
 TOLERANCE = 1e-4
@@ -98,9 +100,22 @@ class Tail:
         with (
             stubs(self._layers[: self.layer], self._resume(bucket, prompts)),
             visiting(self.model, self.anatomy, wanted or {}, visit),
+            self._contiguous_head(),
         ):
             logits = forward(self.model, tokens, last_only=last_only)
         return logits if last_only else logits[torch.arange(len(tokens), device=self.device)[:, None], read]
+
+    def _contiguous_head(self) -> AbstractContextManager[None]:
+        """The head on contiguous states: on a slice of them, with gradients, PyTorch multiplies prompt by prompt, far slower."""
+        find = getattr(self.model, "get_output_embeddings", lambda: None)
+        head: nn.Module | None = find()
+        if head is None:
+            return nullcontext()
+
+        def hook(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            return tuple(x.contiguous() if isinstance(x, Tensor) else x for x in args)
+
+        return hooked([head.register_forward_pre_hook(hook)])
 
     def _resume(self, bucket: int, prompts: Tensor) -> Callable[[int, LayerCall], Any]:
         """Stands in for the layers below: each gives out what enters the first layer that is computed."""
