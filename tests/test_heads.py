@@ -433,4 +433,4 @@ def test_a_score_that_no_prompt_has_is_undefined(tmp_path: Path) -> None:
     assert (rows["n"] == 0).all()
     assert set(run.table("sequences")["score"]) == set(run.table("patterns")["score"]) == {"first_token"}
     said = "prefix_matching is undefined: no scored prompt has a position that counts"
-    assert run.manifest["warnings"] == [said, "first_token: 2 sequences are fewer than 20; intervals are rough"]
+    assert run.manifest["warnings"] == [said, "scores: 2 sequences are fewer than 20; intervals are rough"]
