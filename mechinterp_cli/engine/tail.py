@@ -106,7 +106,7 @@ class Tail:
         return logits if last_only else logits[torch.arange(len(tokens), device=self.device)[:, None], read]
 
     def _contiguous_head(self) -> AbstractContextManager[None]:
-        """The head on contiguous states: on a slice of them, with gradients, PyTorch multiplies prompt by prompt, far slower."""
+        """The head on contiguous states: PyTorch multiplies a slice of them prompt by prompt, tens of times slower."""
         find = getattr(self.model, "get_output_embeddings", lambda: None)
         head: nn.Module | None = find()
         if head is None:
