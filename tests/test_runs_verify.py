@@ -382,10 +382,10 @@ def test_words_of_scores(heads: Path) -> None:
         ("scores", "checkpoint step0, score induction, layer 0, head 0"),
         ("compositions", "checkpoint step0, score k_composition, layer 1, head 0, from_layer 0, from_head 0"),
         ("patterns", "checkpoint step0, score induction, layer "),
-        ("causal", "checkpoint step600, score induction, ablation zero, k 1, metric loss_gap"),
+        ("causal", "checkpoint step600, score induction, ablation zero, k 1, metric repeated_loss"),
         ("trials", "checkpoint step600, trial 0, edit 0"),
-        ("summary", "checkpoint step600, trial 0, metric loss_gap, group all, aggregate "),
-        ("baselines", "checkpoint step0, prompt 0, stream clean, metric loss_gap"),
+        ("summary", "checkpoint step600, trial 0, metric repeated_loss, group all, aggregate "),
+        ("baselines", "checkpoint step0, prompt 0, stream clean, metric repeated_loss"),
         ("prompts", "prompt 0, stream clean"),
     ],
 )
