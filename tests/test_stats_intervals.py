@@ -5,6 +5,7 @@ import pytest
 from scipy.stats import bootstrap
 
 from mechinterp_cli.stats import choose_units, draw_weights, ratio_intervals
+from mechinterp_cli.stats.intervals import IntervalMethod
 
 
 def covered(rng: np.random.Generator, clusters: int, size: int, *, naive: bool, conditional: bool = False) -> float:
@@ -138,3 +139,19 @@ def test_an_interval_that_reaches_draws_of_one_unit_over_and_over_has_no_end() -
         found = ratio_intervals(effects[:, :count], np.ones(count), units, weights, method="studentized")
         assert np.isfinite(found.low[0, 0]) == np.isfinite(found.high[0, 0]) == bounded
         assert not bounded or abs(found.high[0, 0]) < 1e-6
+
+
+@pytest.mark.parametrize("method", ["bca", "studentized"])
+def test_values_that_differ_by_the_rounding_of_float32_have_an_interval_of_no_width(method: IntervalMethod) -> None:
+    units = choose_units(np.arange(6))
+    weights = draw_weights(units, draws=400, seed=0)
+
+    def width(step: float) -> float:
+        values = np.full((1, 6), 3.44)
+        values[0, 0] += step
+        found = ratio_intervals(values, np.ones(6), units, weights, method=method)
+        return float(found.high[0, 0] - found.low[0, 0])
+
+    assert 0 <= width(6e-7) < 1e-6
+    # One of six that differs by more: most draws that lack it have no error of their own, and no bound.
+    assert np.isnan(width(6e-3)) == (method == "studentized")
