@@ -160,7 +160,7 @@ class Result:
         engine_seconds: All heads.
         hooks_seconds: All heads; scaled from the share of a round.
         differences: Largest |difference| of each metric, nats.
-        largest: Largest |value| of each metric, for comparison.
+        largest: Largest |value| of each metric by hooks, for comparison.
     """
 
     heads: int
@@ -186,21 +186,22 @@ class Result:
 
 
 def measure(loaded: LoadedModel, options: Options, prompts: int) -> Result:
-    """Rounds of engine and hooks, taking turns, after a warm-up of each."""
+    """Rounds of engine and hooks, taking turns, after a warm-up."""
     pairs = ioi_pairs(loaded.tokenizer, prompts, "late")
     heads = all_heads(loaded)
     hooks = Hooks(loaded.model, pairs)
     engine, watch = Engine(loaded, pairs, heads, options.rows_per_call), Stopwatch(loaded.model.device)
-    found = engine.values()
+    # the proof has warmed the engine up
     hooks.values(heads[:1])
-    differences = torch.zeros(len(METRICS), dtype=torch.float64)
+    _say(f"proved: {engine.executor}")
+    differences = largest = torch.zeros(len(METRICS), dtype=torch.float64)
     shares = options.shares(len(heads))
     for number, share in enumerate(shares, start=1):
         found = watch.time("engine", engine.values)
         wanted = watch.time("hooks", partial(hooks.values, [heads[i] for i in share]), per=len(share))
         # NaN is as far off as can be: a value that is not there is not the same value
         off = (found[share] - wanted).abs().nan_to_num(nan=torch.inf).amax((0, 1))
-        differences = torch.maximum(differences, off)
+        differences, largest = torch.maximum(differences, off), wanted.abs().amax((0, 1)).maximum(largest)
         _say(f"round {number} of {len(shares)}: {_ratio(watch, len(heads)):.1f} times so far")
     return Result(
         heads=len(heads),
@@ -212,7 +213,7 @@ def measure(loaded: LoadedModel, options: Options, prompts: int) -> Result:
         engine_seconds=watch.best["engine"],
         hooks_seconds=watch.best["hooks"] * len(heads),
         differences=dict(zip(METRICS, differences.tolist(), strict=True)),
-        largest=dict(zip(METRICS, found.abs().amax((0, 1)).tolist(), strict=True)),
+        largest=dict(zip(METRICS, largest.tolist(), strict=True)),
     )
 
 

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedTokenizerFast
 
-from benchmarks import patch_sweep, sweep_prompts
+from benchmarks import ablate_heads, patch_sweep, sweep_prompts
 from benchmarks.patch_sweep import Hooks, Options, main, parsed, worst
 from benchmarks.sweep_cases import CASES, Sweep, make_sweep
 from benchmarks.sweep_clock import PeakMemory, Stopwatch
@@ -276,3 +276,76 @@ def test_large_means_three_prefixes_and_what_is_said_goes_first() -> None:
     assert parsed([]).prefixes == []
     assert (parsed(["--quick"]).pairs, parsed(["--quick", "--pairs", "6"]).pairs) == (2, 6)
     assert patch_sweep.LARGE_PAIRS == 64
+
+
+# --- all heads, ablated one by one
+
+
+def test_ablating_every_head_gives_the_values_of_plain_hooks(
+    folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "r.json"
+    assert ablate_heads.main(["--model", folder, "--prompts", "4", "--rounds", "2", "--json", str(out)]) == 0
+    found = json.loads(out.read_text())
+    assert found["heads"] == found["checked"] == LAYERS * HEADS
+    assert (found["prompts"], found["rounds"]) == (4, 2)
+    assert found["executor"] == "packed"
+    assert set(found["differences"]) == {"logit_diff", "kl"}
+    assert all(difference <= ablate_heads.TOLERANCE for difference in found["differences"].values())
+    assert found["largest"]["kl"] > 100 * found["differences"]["kl"]
+    assert found["ratio"] == pytest.approx(found["hooks_seconds"] / found["engine_seconds"])
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert len(rows) == 3
+    assert len({row.count("|") for row in rows}) == 1
+
+
+def test_a_sample_of_heads_is_what_hooks_compute(folder: str, tmp_path: Path) -> None:
+    out = tmp_path / "r.json"
+    arguments = ["--model", folder, "--prompts", "2", "--rounds", "2", "--sample", "3", "--json", str(out)]
+    assert ablate_heads.main(arguments) == 0
+    assert json.loads(out.read_text())["checked"] == 6
+
+
+@pytest.mark.parametrize(("metric", "wrong"), [(0, 0.0), (0, 0.001), (1, 0.001), (1, float("nan"))])
+def test_one_wrong_value_of_one_head_ends_with_1(
+    folder: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], metric: int, wrong: float
+) -> None:
+    right, code = ablate_heads.Engine.values, int(wrong != 0)
+
+    def values(engine: ablate_heads.Engine) -> torch.Tensor:
+        found = right(engine)
+        found[7, 1, metric] += wrong
+        return found
+
+    monkeypatch.setattr(ablate_heads.Engine, "values", values)
+    assert ablate_heads.main(["--model", folder, "--prompts", "2", "--rounds", "1"]) == code
+    assert ("not those of plain hooks" in capsys.readouterr().err) == bool(code)
+
+
+def test_ablating_a_head_by_hooks_is_as_if_its_output_weights_were_zero(
+    model: Any, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    pairs = ioi_pairs(tokenizer, 2, "late")
+    hooks = ablate_heads.Hooks(model, pairs)
+    weight = model.model.layers[1].self_attn.o_proj.weight
+    size = model.config.head_dim
+    with torch.no_grad():
+        before = model(pairs.clean).logits[:, -1]
+        values = hooks.values([(1, 2)])[0]
+        assert torch.equal(model(pairs.clean).logits[:, -1], before)
+        kept = weight.clone()
+        weight[:, 2 * size : 3 * size] = 0
+        try:
+            wanted = model(pairs.clean).logits[:, -1]
+        finally:
+            weight.copy_(kept)
+    logits = wanted.gather(1, pairs.answers)
+    torch.testing.assert_close(values[:, 0], (logits[:, 0] - logits[:, 1]).double(), atol=1e-5, rtol=0)
+    clean, after = before.double().log_softmax(-1), wanted.double().log_softmax(-1)
+    torch.testing.assert_close(values[:, 1], (clean.exp() * (clean - after)).sum(-1), atol=1e-5, rtol=0)
+    assert bool((values[:, 1] > 1e-5).all())
+
+
+def test_a_model_of_another_shape_is_refused_by_the_hooks_of_ablation(tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(UserError, match="self_attn.o_proj"):
+        ablate_heads.Hooks(tiny_model("gpt2", overrides={"vocab_size": 128}), ioi_pairs(tokenizer, 2, "late"))

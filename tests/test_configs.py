@@ -13,6 +13,7 @@ import typer
 import yaml
 from typer.exceptions import TyperException
 
+import mechinterp_cli.cli.ablate as ablate_command
 import mechinterp_cli.cli.heads as heads_command
 import mechinterp_cli.cli.patch as patch_command
 from mechinterp_cli.cli.main import app, main
@@ -30,7 +31,7 @@ DOCUMENTS += [ROOT / "benchmarks" / "README.md", ROOT / "runs" / "README.md"]
 QUICK = ["--set", "stats.bootstrap=100", "--set", "stats.flips=99"]
 TABLES = {"prompts.parquet", "trials.parquet", "baselines.parquet", "results.parquet", "summary.parquet"}
 SCORED = {"prompts.parquet", "scores.parquet", "sequences.parquet", "patterns.parquet"}
-ABLATED = TABLES | SCORED | {"causal.parquet", "compositions.parquet"}
+SCORED_AND_ABLATED = TABLES | SCORED | {"causal.parquet", "compositions.parquet"}
 PNG = b"\x89PNG\r\n\x1a\n"
 
 Main = Callable[..., str]
@@ -81,8 +82,11 @@ def test_config_loads(path: Path) -> None:
 def test_config_has_a_plan(path: Path, run: Main) -> None:
     kind = path.stem.split("-")[0]
     plan = json.loads(run(kind, path, "--dry-run"))
-    assert plan["prompts"] == load(path).config.resolved()["task"]["n"]
-    if kind == "heads":
+    task = load(path).config.resolved()["task"]
+    assert plan["prompts"] == (task["n"] or len(task["texts"]))
+    if kind == "ablate":
+        plan = plan["values"][load(path).config.resolved()["ablate"]["values"][0]]
+    elif kind == "heads":
         assert plan["heads"] > 0
         plan = plan.get("ablations", {"trials": 1, "computed": 1, "units": 1})
     assert plan["trials"] > 0
@@ -157,9 +161,9 @@ def test_the_toy_config_of_heads_leaves_a_whole_run_directory(tmp_path: Path, ru
     quick = ["--set", "model.checkpoints=[step0, step1500]", "--set", "heads.causal.random=3", "--set", "heads.show=1"]
     folder = run_config(run, source, tmp_path / "runs", *quick)
     # Seven maps, attention for the five scores of attention, ablations, training.
-    manifest = check_files(folder, source, 7 + 5 + 2, ABLATED)
+    manifest = check_files(folder, source, 7 + 5 + 2, SCORED_AND_ABLATED)
     readme = (ROOT / "README.md").read_text()
-    assert {name for name in ABLATED if f"`{name.removesuffix('.parquet')}" not in readme} == set()
+    assert {name for name in SCORED_AND_ABLATED if f"`{name.removesuffix('.parquet')}" not in readme} == set()
     assert [part["checkpoint"] for part in manifest.model["checkpoints"]] == ["step0", "step1500"]
 
 
@@ -170,7 +174,7 @@ def test_the_configs_of_heads_of_the_real_model_run(tmp_path: Path, run: Main) -
     ablations = ["heads.causal.random=1", "heads.causal.k=[1]", "heads.causal.prompts=2"]
     arguments = [part for override in (*few, *ablations) for part in ("--set", override)]
     folder = run_config(run, source, tmp_path / "runs", *arguments)
-    check_files(folder, source, 8 + 5 + 1, ABLATED)
+    check_files(folder, source, 8 + 5 + 1, SCORED_AND_ABLATED)
     scores = pq.read_table(folder / "scores.parquet").to_pandas()
     induction = scores[scores["score"] == "induction"].set_index(["layer", "head"])["value"]
     assert induction[18, 6] > 0.4
@@ -181,9 +185,65 @@ def test_the_configs_of_heads_of_the_real_model_run(tmp_path: Path, run: Main) -
     check_files(folder, source, 5 + 4, SCORED)
 
 
+@pytest.mark.parametrize(
+    ("name", "pictures", "tables", "overrides"),
+    [
+        # A map for each value, and the loss by position.
+        ("ablate-toy", 2 + 1, {"positions"}, ["task.n=4"]),
+        # A curve for each metric, and the loss by position.
+        ("ablate-induction-heads-toy", 4 + 1, {"curve", "positions"}, ["task.n=4"]),
+        ("ablate-planted", 1, {"circuits"}, ["task.n=4"]),
+    ],
+)
+def test_the_configs_of_ablate_on_the_toys_leave_whole_run_directories(
+    tmp_path: Path, run: Main, name: str, pictures: int, tables: set[str], overrides: list[str]
+) -> None:
+    source = ROOT / "configs" / f"{name}.yaml"
+    arguments = [part for override in overrides for part in ("--set", override)]
+    folder = run_config(run, source, tmp_path / "runs", *arguments)
+    whole = TABLES | {f"{table}.parquet" for table in tables}
+    check_files(folder, source, pictures, whole)
+    readme = (ROOT / "README.md").read_text()
+    assert {table for table in tables if f"`{table}" not in readme} == set()
+    if name == "ablate-planted":
+        circuits = pq.read_table(folder / "circuits.parquet").to_pandas().set_index(["ablation", "set"])["faithfulness"]
+        for value in ("zero", "mean"):
+            assert circuits[value, "planted"] == pytest.approx(1, abs=1e-5)
+            assert circuits[value, "planted and two more"] == pytest.approx(1, abs=1e-5)
+            assert circuits[value, "induction head"] < 0.5
+            assert circuits[value, "previous-token head"] < 0.5
+
+
+@pytest.mark.usefixtures("fetched")
+@pytest.mark.parametrize(
+    ("name", "pictures", "tables", "overrides"),
+    [
+        (
+            "ablate-induction-heads",
+            4 + 1,
+            {"curve", "positions"},
+            ["task.n=3", "ablate.cumulative.random=1", "ablate.cumulative.k=[1, 4]"],
+        ),
+        ("ablate-pairs", 1, {"interactions"}, ["task.n=3"]),
+        # A map for each block of edges, and the two groups side by side.
+        ("ablate-shortcut", 2 + 1, {"contrasts"}, ["task.n=8"]),
+        ("ablate-text", 1, {"positions", "words"}, ["ablate.generate=2", "ablate.generate_prompts=1"]),
+    ],
+)
+def test_the_configs_of_ablate_on_the_real_model_run(
+    tmp_path: Path, run: Main, name: str, pictures: int, tables: set[str], overrides: list[str]
+) -> None:
+    source = ROOT / "configs" / f"{name}.yaml"
+    arguments = [part for override in overrides for part in ("--set", override)]
+    folder = run_config(run, source, tmp_path / "runs", *arguments)
+    check_files(folder, source, pictures, TABLES | {f"{table}.parquet" for table in tables})
+
+
 def test_every_config_is_run_here_and_listed_in_the_readme() -> None:
     readme = (ROOT / "README.md").read_text()
     assert {path.stem for path in CONFIGS} == {
+        "ablate-induction-heads", "ablate-induction-heads-toy", "ablate-pairs", "ablate-planted", "ablate-shortcut",
+        "ablate-text", "ablate-toy",
         "heads-ioi", "heads-smollm2", "heads-toy",
         "patch-facts-tracing", "patch-induction-toy", "patch-ioi", "patch-ioi-heads",
     }  # fmt: skip
@@ -287,6 +347,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(patch_command, "execute", execute)
     monkeypatch.setattr(heads_command, "execute", execute)
+    monkeypatch.setattr(ablate_command, "execute", execute)
     monkeypatch.setattr(zoo, "fetch", fetch)
     return seen
 
@@ -307,11 +368,12 @@ def parse(arguments: list[str]) -> None:
 def test_commands_in_documents_parse(document: Path, asked: list[str]) -> None:
     found = list(commands(document.read_text()))
     for arguments in found:
-        if arguments[0] in ("patch", "heads", "models", "schema"):
+        if arguments[0] in ("patch", "heads", "ablate", "models", "schema"):
             assert main(arguments) == 0, arguments
         else:
             parse(arguments)
-    assert len(asked) == sum(arguments[0] in ("patch", "heads") or "fetch" in arguments for arguments in found)
+    methods = ("patch", "heads", "ablate")
+    assert len(asked) == sum(arguments[0] in methods or "fetch" in arguments for arguments in found)
     assert document.name != "README.md" or document.parent != ROOT or "patch-ioi.yaml" in asked
 
 
