@@ -23,6 +23,7 @@ from mechinterp_cli.methods.ablate.expand import expand, find, names
 from mechinterp_cli.methods.ablate.optimal import Fitted, fit_trials, fitting_prompts
 from mechinterp_cli.methods.ablate.options import AblateOptions, CumulativeOptions, ValueName
 from mechinterp_cli.methods.ablate.ranking import explain, load_ranking
+from mechinterp_cli.methods.ablate.sources import FEWEST, donors, mean_set
 from mechinterp_cli.methods.ablate.units import Ablation, Unit, merge
 from mechinterp_cli.methods.ablate.values import Values, check_parts, values_of
 from mechinterp_cli.methods.ablate.words import continuations
@@ -151,7 +152,8 @@ class AblateExperiment(Experiment):
         for trial, label in shown:
             about: dict[str, Any] = {"label": label, "ablation": None if trial is None else value}
             about |= {"trial": None if trial is None else first + trial.index}
-            rows_of = continuations(self.model, self.prompts, chosen, self.units, trial, values, self.options.generate)
+            own = values.of(trial) if isinstance(values, Fitted) and trial is not None else values
+            rows_of = continuations(self.model, self.prompts, chosen, self.units, trial, own, self.options.generate)
             found += [row | about for row in rows_of]
         return found
 
@@ -247,13 +249,18 @@ class AblateExperiment(Experiment):
         left_out: frozenset[int],
     ) -> common.Sweep:
         status = np.full((len(self.trials), len(self.prompts.prompts)), Status.OK, dtype=np.int8)
+        # A unit that a prompt does not have says nothing of it; a set of which it has none leaves it as it is.
+        untouched = Status.ABSENT if self.options.design == "single" else Status.TRIVIAL
         for trial in self.trials:
             for prompt in range(status.shape[1]):
-                if prompt in left_out or not self._positions(trial, prompt):
+                if prompt in left_out:
                     status[trial.index, prompt] = Status.ABSENT
+                elif not self._positions(trial, prompt):
+                    status[trial.index, prompt] = untouched
         other = "corrupt" if self.corrupt else None
         streams = {name: seen for name, seen in swept.streams.items() if name in ("clean", "corrupt")}
-        return common.Sweep(self.prompts, specs, metrics, swept.values, status, streams, "clean", other, drawn=drawn)
+        values = np.where((status == Status.TRIVIAL)[..., None, None], streams["clean"], swept.values)
+        return common.Sweep(self.prompts, specs, metrics, values, status, streams, "clean", other, drawn=drawn)
 
     def plan(self) -> dict[str, Any]:
         """What every value takes; activations are not captured."""
@@ -312,7 +319,35 @@ def prepare(options: AblateOptions, setting: Setting) -> AblateExperiment:
         ranking, warnings = _ranking(setting, options.cumulative, units)
     layout = lay_out(loaded, options, units, ranking)
     kept = replace(setting, prompts=prompts)
+    _check_values(options, kept, units)
+    _check_words(options, kept)
     return AblateExperiment(kept, options, units, layout.trials, logits, [*warnings, *layout.warnings])
+
+
+def _check_values(options: AblateOptions, setting: Setting, units: Sequence[Unit]) -> None:
+    """Refuse what a value cannot do, before anything is computed."""
+    parts, count = merge(units), len(setting.prompts.prompts)
+    for place, value in enumerate(options.values):
+        check_parts(value, options, setting, parts)
+        if value == "mean":
+            mean_set(options.mean, replace(setting, compute=False))
+        elif value == "resample":
+            donors(options.resample, setting)
+        elif value == "optimal" and count < FEWEST:
+            problem = f"optimal: constants are fitted on some prompts and measured on others, and there is {count}"
+            raise setting.loaded.error(("ablate", "values", place), problem, "Raise the number of prompts.")
+
+
+def _check_words(options: AblateOptions, setting: Setting) -> None:
+    """Refuse continuations that grow longer than the model takes."""
+    most = setting.model.anatomy.max_length
+    shown = setting.prompts.prompts[: options.generate_prompts]
+    longest = max(prompt.length for prompt in shown)
+    if not options.generate or most is None or longest + options.generate - 1 <= most:
+        return
+    problem = f"{options.generate} tokens after a prompt of {longest} are more than the model takes ({most})"
+    remedy = f"Generate {max(0, most - longest + 1)} tokens at most, or shorten the prompts."
+    raise setting.loaded.error(("ablate", "generate"), problem, remedy)
 
 
 def _ranking(setting: Setting, cumulative: CumulativeOptions, units: Sequence[Unit]) -> tuple[list[int], list[str]]:

@@ -1,11 +1,13 @@
 """From the values of ablations to rows."""
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 
 from mechinterp_cli.config.schema import StatsOptions as StatsSection
@@ -18,6 +20,8 @@ from mechinterp_cli.stats.contrasts import contrast
 from mechinterp_cli.token_metrics import split_name
 
 HEAD_SITES = ("z", "scores")
+FEWEST_OF_A_GROUP = 2
+"""Prompts of a group that a contrast needs."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,6 +141,26 @@ class AblationSpec:
 
 
 @dataclass(frozen=True, eq=False)
+class _Measured:
+    """One metric on the prompts where it is a number, unedited and in every trial.
+
+    Args:
+        base: [prompts] of the unedited model.
+        values: [trials, prompts], mean over draws.
+        clusters: Of these prompts.
+    """
+
+    base: Floats
+    values: Floats
+    clusters: list[str]
+
+    @property
+    def effects(self) -> Floats:
+        """[trials, prompts]: ablated minus unedited."""
+        return self.values - self.base
+
+
+@dataclass(frozen=True, eq=False)
 class Done:
     """The finished ablations of one value.
 
@@ -165,10 +189,14 @@ class Done:
         """The prompts that were measured."""
         return [i for i in range(len(self.sweep.prompts.prompts)) if i not in self.left_out]
 
-    @property
-    def clusters(self) -> list[str]:
-        """Of the measured prompts."""
-        return [self.sweep.clusters[i] for i in self.kept]
+    def _measured(self) -> Iterator[tuple[str, _Measured]]:
+        """Every metric's name, with what was measured of it; metrics that no prompt has are left out."""
+        for metric, name in enumerate(self.sweep.metrics):
+            base, values = self.base(metric), self.values(metric)
+            known = np.isfinite(base) & np.isfinite(values).all(0)
+            if known.any():
+                clusters = [self.sweep.clusters[i] for i, usable in zip(self.kept, known, strict=True) if usable]
+                yield name, _Measured(base[known], values[:, known], clusters)
 
     def base(self, metric: int) -> Floats:
         """[measured prompts] of the unedited model."""
@@ -185,17 +213,16 @@ class Done:
     def curve(self) -> list[Row]:
         """Cumulative: the ranking's top k beside random rankings, for every metric."""
         rows = []
-        for metric, name in enumerate(self.sweep.metrics):
-            effects = self.effects(metric)
+        for name, seen in self._measured():
+            effects, clusters = seen.effects, seen.clusters
             for trial in [t for t in self.trials if t.design == "cumulative" and t.ranking is None]:
                 random = [t.index for t in self.trials if t.ranking is not None and t.k == trial.k]
                 own = effects[trial.index]
-                found = estimate(own[None], None, self.clusters, self.stats)
+                found = estimate(own[None], None, clusters, self.stats)
                 row: Row = {"ablation": self.value, "k": trial.k, "units": self._names(trial), "metric": name}
-                row |= {"baseline": float(self.base(metric).mean()), "effect": float(own.mean()), "n": len(own)}
+                row |= {"baseline": float(seen.base.mean()), "effect": float(own.mean()), "n": len(own)}
                 row |= {"draws": len(random), **found.ends(0, "ci_low", "ci_high")}
                 if random:
-                    clusters = self.clusters
                     row |= beside_random(
                         own, effects[random], clusters, self.stats, margin=self.margin, draws=self.draws
                     )
@@ -216,8 +243,8 @@ class Done:
         if empty is None:
             return []
         rows = []
-        for metric, name in enumerate(self.sweep.metrics):
-            values, full = self.values(metric), self.base(metric)
+        for name, seen in self._measured():
+            values, full = seen.values, seen.base
             nothing = values[empty.index]
             for kept in [t for t in self.trials if t.design == "keep"]:
                 removed = by_design["set", kept.set]
@@ -226,27 +253,27 @@ class Done:
                     {"ablation": self.value, "set": kept.set, "size": len(removed.units), "metric": name}
                     | {"full": float(full.mean()), "empty": float(nothing.mean())}
                     | {"alone": float(alone.mean()), "without": float(without.mean()), "n": len(full)}
-                    | self._share("faithfulness", alone - nothing, full - nothing)
-                    | self._share("completeness", full - without, full - nothing)
+                    | self._share("faithfulness", alone - nothing, full - nothing, seen.clusters)
+                    | self._share("completeness", full - without, full - nothing, seen.clusters)
                 )
         return rows
 
-    def _share(self, name: str, numerators: Floats, denominators: Floats) -> Row:
+    def _share(self, name: str, numerators: Floats, denominators: Floats, clusters: list[str]) -> Row:
         if abs(float(denominators.mean())) < self.stats.denominator_absolute:
             return {name: None}
-        found = estimate(numerators[None], denominators, self.clusters, self.stats)
+        found = estimate(numerators[None], denominators, clusters, self.stats)
         return {name: float(found.estimate[0]), **found.ends(0, f"{name}_low", f"{name}_high")}
 
     def interactions(self) -> list[Row]:
         """Pairs: joint effect minus the sum of the single effects."""
         single = {t.units[0]: t.index for t in self.trials if t.design == "single"}
         rows = []
-        for metric, name in enumerate(self.sweep.metrics):
-            effects = self.effects(metric)
+        for name, seen in self._measured():
+            effects = seen.effects
             for pair in [t for t in self.trials if t.design == "pairs"]:
                 a, b = (effects[single[unit]] for unit in pair.units)
                 joint = effects[pair.index]
-                found = estimate((joint - a - b)[None], None, self.clusters, self.stats)
+                found = estimate((joint - a - b)[None], None, seen.clusters, self.stats)
                 names = [self.units[unit].name for unit in pair.units]
                 rows.append(
                     {"ablation": self.value, "a": names[0], "b": names[1], "metric": name, "n": len(joint)}
@@ -258,18 +285,21 @@ class Done:
     def contrasts(self, first: int) -> tuple[list[Row], list[str]]:
         """Groups of prompts, two by two: is a trial's effect another in one than in the other?
 
-        Random rankings are left out. Trials are counted from `first`.
+        Random rankings are left out, and groups of which a single prompt was measured, with a warning. Trials are
+        counted from `first`.
         """
-        names = sorted({group for group in self.sweep.groups if group})
+        groups, clusters = ([of[i] for i in self.kept] for of in (self.sweep.groups, self.sweep.clusters))
+        sizes = Counter(group for group in groups if group)
+        names = sorted(name for name, size in sizes.items() if size >= FEWEST_OF_A_GROUP)
         chosen = [trial for trial in self.trials if trial.ranking is None]
         rows: list[Row] = []
-        warnings: list[str] = []
+        single = sorted(set(sizes) - set(names))
+        warnings = [f"group {name} has a single prompt and is compared with none" for name in single if names]
         for metric, name in enumerate(self.sweep.metrics):
             effects = self.effects(metric)[[trial.index for trial in chosen]]
             for a, b in itertools.combinations(names, 2):
                 options = stats_options(self.stats, raw_margin=self.margin)
-                groups = [self.sweep.groups[i] for i in self.kept]
-                found = contrast(effects, groups, self.clusters, a, b, options)
+                found = contrast(effects, groups, clusters, a, b, options)
                 warnings += found.warnings
                 rows += [
                     {"trial": first + trial.index, "ablation": self.value, "metric": name, "group_a": a, "group_b": b}
@@ -299,10 +329,13 @@ class Done:
                 of = [i for i in self.kept if templates[i] == template]
                 values = whole.values[..., metric].mean(-1)[[trial.index for trial in kept]][:, of]
                 unedited = whole.streams[whole.base][..., metric].mean(-1)[of]
-                if not np.isfinite(unedited).all() or not np.isfinite(values).all():
+                # Units that this template does not have were not ablated here.
+                here = np.isfinite(values).all(1)
+                if not of or not here.any() or not np.isfinite(unedited).all():
                     continue
+                tried = [trial for trial, known in zip(kept, here, strict=True) if known]
                 where = {"metric": base, "template": template, "position": position, "n": len(of)}
-                parts.append(self._at(kept, values, unedited, first).assign(**where))
+                parts.append(self._at(tried, values[here], unedited, first).assign(**where))
         return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
 
     def _at(self, kept: Sequence[Ablation], values: Floats, unedited: Floats, first: int) -> pd.DataFrame:
@@ -331,7 +364,13 @@ def unjudged(summary: pd.DataFrame) -> pd.DataFrame:
     """No p-value and no verdict for what was drawn at random."""
     random = summary["ranking"].notna().to_numpy()
     cleared: Mapping[str, Any] = {
-        name: summary[name].astype(object).where(~random, None)
-        for name in ("p", "p_adjusted", "p_method", "family", "verdict")
+        name: _cleared(summary[name], random) for name in ("p", "p_adjusted", "p_method", "family", "verdict")
     }
     return summary.assign(**cleared)
+
+
+def _cleared(values: pd.Series, where: npt.NDArray[np.bool_]) -> pd.Series:
+    """The values, null in some rows and where they were."""
+    if isinstance(values.dtype, pd.ArrowDtype):
+        return values.mask(where)
+    return values.astype(object).where(~where & values.notna().to_numpy(), None)
