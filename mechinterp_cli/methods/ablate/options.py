@@ -78,7 +78,7 @@ class OptimalOptions(BaseConfig):
 
     steps: Count = 100
     """Steps of Adam."""
-    rate: Annotated[Number, Field(gt=0)] = 0.01
+    rate: Annotated[Number, Field(gt=0)] = 0.1
     """Its learning rate, in standard deviations of the activation."""
     share: Annotated[float, Field(strict=True, gt=0, lt=1)] = 0.5
     """Share of the prompts that it is fitted on; the others are measured, and only they."""
