@@ -202,7 +202,7 @@ def measure(loaded: LoadedModel, options: Options, prompts: int) -> Result:
         # NaN is as far off as can be: a value that is not there is not the same value
         off = (found[share] - wanted).abs().nan_to_num(nan=torch.inf).amax((0, 1))
         differences, largest = torch.maximum(differences, off), wanted.abs().amax((0, 1)).maximum(largest)
-        _say(f"round {number} of {len(shares)}: {_ratio(watch, len(heads)):.1f} times so far")
+        _say(f"round {number} of {len(shares)}: {_so_far(watch, len(heads))}")
     return Result(
         heads=len(heads),
         prompts=pairs.size,
@@ -217,8 +217,9 @@ def measure(loaded: LoadedModel, options: Options, prompts: int) -> Result:
     )
 
 
-def _ratio(watch: Stopwatch, heads: int) -> float:
-    return watch.best["hooks"] * heads / watch.best["engine"]
+def _so_far(watch: Stopwatch, heads: int) -> str:
+    engine, hooks = watch.best["engine"], watch.best["hooks"] * heads
+    return f"best so far: engine {engine:.1f} s, hooks {hooks:.1f} s, {hooks / engine:.1f} times"
 
 
 _HEAD = (

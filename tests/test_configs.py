@@ -225,9 +225,9 @@ def test_the_configs_of_ablate_on_the_toys_leave_whole_run_directories(
             ["task.n=3", "ablate.cumulative.random=1", "ablate.cumulative.k=[1, 4]"],
         ),
         ("ablate-pairs", 1, {"interactions"}, ["task.n=3"]),
-        # A map for each block of edges, and the two groups side by side.
+        # A map for each block of edges, and the two groups side by side; the loss by position for each length of text.
         ("ablate-shortcut", 2 + 1, {"contrasts"}, ["task.n=8"]),
-        ("ablate-text", 1, {"positions", "words"}, ["ablate.generate=2", "ablate.generate_prompts=1"]),
+        ("ablate-text", 4, {"positions", "words"}, ["ablate.generate=2", "ablate.generate_prompts=1"]),
     ],
 )
 def test_the_configs_of_ablate_on_the_real_model_run(
