@@ -252,14 +252,15 @@ def test_json_a_dry_run_and_formats(call: Call) -> None:
 
 def test_going_on_after_a_stop_gives_the_same_bytes(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     assert call("ablate", "experiment.yaml", "--out", "whole", "--quiet")[0] == 0
-    real, saved = UnitStore.write, []
+    real = UnitStore.write
+    saved: list[str] = []
 
     def write(self: UnitStore, unit: str, table: object) -> object:
         if len(saved) == 1:
             monkeypatch.setattr(UnitStore, "write", real)
             raise KeyboardInterrupt
         saved.append(unit)
-        return real(self, unit, table)  # type: ignore[arg-type]  # passed on
+        return real(self, unit, table)
 
     monkeypatch.setattr(UnitStore, "write", write)
     assert call("ablate", "experiment.yaml", "--quiet")[0] == 130
