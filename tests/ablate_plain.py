@@ -101,7 +101,8 @@ class ByHand:
         chosen: Units = None if unit in (None, "all") else (int(unit),)
         if match["kind"] == "kv" and chosen is not None:
             config = self.oracle.config
-            share = config.num_attention_heads // config.num_key_value_heads
+            total = config.num_attention_heads
+            share = total // getattr(config, "num_key_value_heads", total)
             chosen = tuple(range(chosen[0] * share, (chosen[0] + 1) * share))
         return [(kind, at, chosen) for at in layers for kind in _SITES[match["kind"]]]
 
