@@ -45,6 +45,7 @@ class Fake:
     sets: Mapping[str, Sequence[str]] = field(default_factory=lambda: {"circuit": ("1.1", "2.0"), "other": ("0.3",)})
     groups: Sequence[str] = ()
     verdict: str = ""
+    margin: float = 0.05
     length: int = 0
     """Positions that loss is told of."""
     tokens: Sequence[str] = WORDS
@@ -55,7 +56,8 @@ class Fake:
 
     @property
     def manifest(self) -> Manifest:
-        section = {"units": [{"kind": self.kind}], "values": list(self.values), "design": self.design}
+        section: dict[str, Any] = {"units": [{"kind": self.kind}], "values": list(self.values)}
+        section |= {"design": self.design, "margin": self.margin}
         config = {"metrics": list(self.metrics), "output": {"top": self.top}, "ablate": section}
         made = Manifest("ablate", "fake", config, "0", status="complete")
         made.model, made.task, made.display = {"id": "toy-induction"}, {"name": "repeats"}, dict(self.display)
@@ -90,15 +92,16 @@ class Fake:
             alone = [{**row, "design": "single", "effect": self.strength(row["label"])} for row in single]
             joint = [{"label": f"{a}+{b}", "design": "pairs", "set": f"{a}+{b}", "effect": 2.2} for a, b in self.pairs]
             return [*alone, *joint]
-        found = [{"label": name, "set": name, "design": "set", "effect": 1.5 - i} for i, name in enumerate(self.sets)]
+        found = [{"label": f"{name}: {'+'.join(members)}", "set": name, "design": "set", "effect": 1.5 - i}
+                 for i, (name, members) in enumerate(self.sets.items())]  # fmt: skip
         if self.design == "keep":
             kept = [{**row, "label": f"all but {row['set']}", "design": "keep", "effect": 0.4} for row in found]
             return [{"label": "everything", "design": "everything", "effect": 5.0}, *found, *kept]
         return found
 
     def _ranked(self, k: int) -> Rows:
-        top = {"label": f"top {k}", "design": "cumulative", "k": k, "effect": self.top_effect(k)}
-        return [top, *[{**top, "label": f"random {k}", "ranking": i, "effect": 90.0 + i} for i in range(2)]]
+        top = {"label": f"top {k}: 2.0+1.1", "design": "cumulative", "k": k, "effect": self.top_effect(k)}
+        return [top, *[{**top, "label": f"random {k}: 0.0", "ranking": i, "effect": 90.0 + i} for i in range(2)]]
 
     def top_effect(self, k: int) -> float:
         """What ablating the top k does."""
@@ -128,6 +131,7 @@ class Fake:
             for place, metric in enumerate(self.metrics):
                 effect = factor * trial["effect"] / (1 + place)
                 row = {**trial, "trial": number, "metric": metric, "group": "all", "aggregate": "mean"}
+                row["label"] = f"{trial['label']}, {value}"
                 row |= {"value": 2.0 + effect, "effect": effect, "n": 32, "n_dropped": 0, "status": "ok"}
                 row |= {"ci_low": effect - 0.2, "ci_high": effect + 0.3, "p_adjusted": 0.004, "verdict": "yes"}
                 rows.append(row)
@@ -199,7 +203,8 @@ class Fake:
                 effect = factor * trial["effect"] / (1 + place)
                 rows.append({
                     "trial": number, "metric": metric, "group_a": a, "group_b": b, "n_a": 16, "n_b": 17,
-                    "label": trial["label"], "effect_a": effect - 0.3, "effect_b": effect + 0.3, "difference": -0.6,
+                    "label": f"{trial['label']}, {value}", "p_adjusted": 0.003,
+                    "effect_a": effect - 0.3, "effect_b": effect + 0.3, "difference": -0.6,
                     "ci_low": -0.8, "ci_high": -0.41, "p": 0.002, "verdict": self.verdict or "yes",
                 })  # fmt: skip
         return rows
@@ -212,14 +217,17 @@ class Fake:
         first = list(self.values).index(value) * len(self.trials)
         told = [(None, None), *[(number, trial["label"]) for number, trial in enumerate(self.trials, start=first)]]
         for number, label in told:
-            if number is None and value != self.values[0]:
-                continue
             for position in range(1, self.length):
                 late = position > self.length // 2
                 effect = 0.0 if number is None else factor * 0.5 * (1 + number % 7) * (1 if late else 0.1)
                 row = {"trial": number, "label": label, "template": "t", "metric": "loss", "position": position}
                 row |= {"n": 32, "value": (0.4 if late else 4.1) + effect}
-                edited = {"effect": effect, "ci_low": effect - 0.2, "ci_high": effect + 0.2}
+                edited = {
+                    "effect": effect,
+                    "ci_low": effect - 0.2,
+                    "ci_high": effect + 0.2,
+                    "label": f"{label}, {value}",
+                }
                 rows.append({**row, **({} if number is None else edited)})
         return rows
 
@@ -227,7 +235,7 @@ class Fake:
         without, *edited = self.continuations
         rows: Rows = [{"prompt": 0, "trial": None, "label": "unedited", "text": without, "token_ids": [0]}]
         for number, text in enumerate(edited):
-            label = self.trials[number]["label"]
+            label = f"{self.trials[number]['label']}, {self.values[0]}"
             row = {"prompt": 0, "trial": number, "ablation": self.values[0], "label": label, "text": text}
             rows.append({**row, "token_ids": [0] if text == without else [number + 1]})
         name, seen = self.checkpoints[-1]
@@ -249,7 +257,9 @@ class Fake:
     def tables(self) -> dict[str, pd.DataFrame]:
         """All tables that the run has."""
         found = {"summary": self.summary_table(), "prompts": self.prompts_table(), "baselines": self.baselines_table()}
-        own: tuple[str, ...] = {"cumulative": ("curve",), "keep": ("circuits",), "pairs": ("interactions",)}.get(self.design, ())
+        own: tuple[str, ...] = {"cumulative": ("curve",), "keep": ("circuits",), "pairs": ("interactions",)}.get(
+            self.design, ()
+        )
         own += ("contrasts",) * bool(self.groups) + ("positions",) * bool(self.length)
         own += ("words",) * bool(self.continuations)
         return found | {name: getattr(self, f"{name}_table")() for name in own}

@@ -92,8 +92,8 @@ class ByHand:
     def parts(self, name: str) -> list[tuple[str, int, Units]]:
         """What a unit of that name is: kind of site, layer, heads or neurons."""
         if name in self.bases:
-            site, layer = name.split(".")
-            return [(site, int(layer), None)]
+            site, _, number = name.partition(".")
+            return [(site, int(number), None)]
         match = _NAME.fullmatch(name)
         assert match is not None, name
         layer, unit, window = int(match["layer"]), match["unit"], int(match["window"] or 1)

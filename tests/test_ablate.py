@@ -16,7 +16,7 @@ from tests.experiments import Run, config_of, run_method
 
 HEADS: dict[str, Any] = {"units": [{"kind": "head"}]}
 TEXT = {"name": "repeats", "n": 8, "block": 6, "repeats": 2}
-CUMULATIVE = {"ranking": ["1.2", "0.3", "1.3"], "k": [1, 2, 3], "random": 4}
+CUMULATIVE: dict[str, Any] = {"ranking": ["1.2", "0.3", "1.3"], "k": [1, 2, 3], "random": 4}
 DESIGNS: dict[str, dict[str, Any]] = {
     "cumulative": {"cumulative": CUMULATIVE},
     "keep": {"sets": {"one": ["1.2"], "two": ["1.2", "0.3"]}},

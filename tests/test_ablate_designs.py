@@ -81,7 +81,7 @@ class Case:
         rows = []
         for (_, prompt, draw), part in table.groupby(["trial", "prompt", "draw"], dropna=False):
             names = names_in(part["label"].iloc[0], self.section.get("sets"), every)
-            found = {"names": names, "prompt": int(prompt), "draw": draw, "trial": int(part["trial"].iloc[0])}
+            found = {"names": names, "prompt": int(str(prompt)), "draw": draw, "trial": int(part["trial"].iloc[0])}
             rows.append(found | dict(zip(part["metric"], part["value"], strict=True)))
         assert rows
         return rows
@@ -89,8 +89,9 @@ class Case:
     def check(self, value: str, stand: Callable[[dict[str, Any]], Stand] | Stand, *, add: bool = False) -> None:
         """The run's numbers are those by hand, and the ablations do something."""
         changed = 0
+        made: Any = stand
         for row in (rows := self.rows(value)):
-            own = stand(row) if add or value == "optimal" else stand
+            own = made(row) if add or value == "optimal" else stand
             logits = self.hand.ablated(row["prompt"], row["names"], own, add=add)  # type: ignore[arg-type]  # either kind
             changed += float((logits - self.hand.clean[row["prompt"]]).abs().max()) > VISIBLE
             self.agree(row, logits)
@@ -370,7 +371,7 @@ def test_every_block_at_its_mean_leaves_the_embedding_and_constants(tmp_path: Pa
     for row in case.rows("mean"):
         with torch.no_grad():
             hidden = hand.seen[row["prompt"]]["embed", 0] + constant
-            logits = model.lm_head(model.model.norm(hidden[None]))[0]  # type: ignore[operator,union-attr]  # unannotated
+            logits = model.lm_head(model.model.norm(hidden[None]))[0]
         case.agree(row, logits)
 
 
@@ -403,7 +404,7 @@ def test_the_curve_of_the_planted_circuit_falls_with_its_first_head(tmp_path: Pa
         section = {"design": "cumulative", "cumulative": {"ranking": ranking, "k": grid, "random": 5}}
         (folder := tmp_path / str(number)).mkdir()
         run = planted_run(folder, section)
-        curve = run.table("curve").set_index(["ablation", "k"])
+        curve: Any = run.table("curve").set_index(["ablation", "k"])
         for value in ("zero", "mean"):
             fall = [float(curve.loc[(value, k), "effect"]) for k in grid]
             full = float(curve.loc[(value, 1), "baseline"])

@@ -8,7 +8,7 @@ import pandas as pd
 from rich.console import Group
 
 from mechinterp_cli.report.causal import causal_curves, causal_sentences, causal_tables
-from mechinterp_cli.report.cells import figure, missing, number
+from mechinterp_cli.report.cells import figure, missing, number, text
 from mechinterp_cli.report.checkpoints import Checkpoints, checkpoints_of
 from mechinterp_cli.report.circuits import circuit_dots, circuit_tables
 from mechinterp_cli.report.contrasts import Contrasts, contrast_dots, contrast_tables
@@ -182,8 +182,7 @@ def ablate_view(manifest: Manifest, tables: Mapping[str, pd.DataFrame]) -> Ablat
             rows=contrasts,
             trials=trials,
             groups=_by_group(checkpoints.last(summary), trials.metric),
-            margin=manifest.display.get("margin", ""),
-            question=manifest.display.get("question", ""),
+            margin=text((config.get("ablate") or {}).get("margin")),
         ),
         positions=last("positions"),
         words=last("words"),

@@ -57,7 +57,7 @@ def circuit_dots(rows: pd.DataFrame, about: Sequence[str]) -> Dots | None:
         share = "share of full minus empty"
         panels.append(DotPanel(title=f"{ablation} ablation", x_title=share, dots=tuple(dots), references=(0.0, 1.0)))
     left = len(sets) - MAX_SETS
-    caption = "Faithfulness: what the set alone has. Completeness: from what is left without it. Dashed: 0 and 1."
+    caption = "Faithfulness: what the set alone has. Completeness 1: without the set nothing is left."
     more = f"{left} more {'set is' if left == 1 else 'sets are'} in the table alone." if left > 0 else ""
     return Dots(
         title="Faithfulness and completeness by set",

@@ -11,10 +11,10 @@ from mechinterp_cli.report.cells import figure, interval, missing, number, proba
 from mechinterp_cli.report.rows import Row, distinct, having, records
 from mechinterp_cli.report.shapes import Dot, DotPanel, Dots
 from mechinterp_cli.report.tables import Column, line, text_table
-from mechinterp_cli.report.trials import Trials, called, key_of
+from mechinterp_cli.report.trials import Trials, key_of
 
 SENTENCES = 5
-"""Trials whose verdict is told in words; the others are in the table."""
+"""Trials whose verdict is told in words: the strongest of each block of units, or sets. The table has the others."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,8 +29,6 @@ class Contrasts:
     """Summary rows of the metric by group, for the intervals of each group's effect."""
     margin: str = ""
     """The smallest difference that matters, as text; empty where nobody said."""
-    question: str = ""
-    """What the groups were made to ask; empty where nobody said."""
 
     @property
     def pairs(self) -> list[tuple[str, str]]:
@@ -50,10 +48,23 @@ class Contrasts:
         known = [row for row in records(having(self.rows, group_a=a, group_b=b)) if np.isfinite(_size(row))]
         return sorted(known, key=lambda row: -_size(row))[:count]
 
+    def leading(self, a: str, b: str) -> list[Row]:
+        """The strongest trial of each block of units and value; sets each.
+
+        Args:
+            a: A group.
+            b: The other.
+        """
+        first: dict[tuple[object, ...], Row] = {}
+        for row in self.strongest(a, b, len(self.rows)):
+            block = self.trials.known(row).get("block")
+            first.setdefault(key_of(row) if missing(block) else (text(row["ablation"]), block, "block"), row)
+        return list(first.values())[:SENTENCES]
+
     def name(self, row: Row) -> str:
         """What a trial is called."""
         several = len(distinct(self.rows, "ablation")) > 1
-        return called(row, self.trials.tokens) + (f" ({text(row['ablation'])})" if several else "")
+        return self.trials.called(row, several=several)
 
 
 def _size(row: Row) -> float:
@@ -95,7 +106,7 @@ def contrast_dots(contrasts: Contrasts, about: Sequence[str], *, count: int) -> 
             f"contrasts-{at + 1}" if len(contrasts.pairs) > 1 else "contrasts",
             Dots(
                 title=f"Effects by group: {a} and {b}",
-                lines=tuple(filter(None, (", ".join(filter(None, about)), contrasts.question, more))),
+                lines=tuple(filter(None, (", ".join(filter(None, about)), more))),
                 panels=(
                     DotPanel(title="", x_title=effect, dots=tuple(effects)),
                     DotPanel(title="", x_title=f"difference, {a} - {b}", dots=tuple(differences)),
@@ -135,7 +146,7 @@ def contrast_tables(contrasts: Contrasts, *, count: int, width: int, plain: bool
         cells = [{names[key]: cell for key, cell in _cells(contrasts, row, at).items()} for at, row in enumerate(rows)]
         columns = {names[key]: look for key, look in _COLUMNS.items()}
         yield text_table(cells, columns, lines=(title,), width=width, plain=plain)
-        yield Group(*[line(sentence(contrasts, row), plain) for row in rows[:SENTENCES]])
+        yield Group(*[line(sentence(contrasts, row), plain) for row in contrasts.leading(a, b)])
 
 
 _COLUMNS = {
@@ -145,7 +156,7 @@ _COLUMNS = {
     "b": Column(3),
     "difference": Column(),
     "interval": Column(2),
-    "p": Column(4),
+    "p adj.": Column(4),
     "n": Column(5),
     "verdict": Column(1, left=True),
 }
@@ -160,7 +171,7 @@ def _cells(contrasts: Contrasts, row: Row, at: int) -> dict[str, str]:
         "b": figure(row["effect_b"]),
         "difference": figure(row["difference"], sign=True),
         "interval": interval(row["ci_low"], row["ci_high"]),
-        "p": probability(row["p"]),
+        "p adj.": probability(row["p_adjusted"]),
         "n": "+".join(filter(None, counts)),
         "verdict": text(row["verdict"]),
     }
@@ -175,8 +186,7 @@ def sentence(contrasts: Contrasts, row: Row) -> str:
     """
     a, b = text(row["group_a"]), text(row["group_b"])
     name = contrasts.name(row)
-    asked = f"{contrasts.question.rstrip('?:. ')} ({name})" if contrasts.question else ""
-    question = asked or f"does the effect of {name} differ between {a} and {b}"
+    question = f"does the effect of {name} differ between {a} and {b}"
     answer = text(row["verdict"]) or "no verdict"
     if text(row["verdict"]) == "no" and contrasts.margin:
         answer += f" within {contrasts.margin}"

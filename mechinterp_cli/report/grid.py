@@ -135,7 +135,8 @@ def build_heatmap(summary: pd.DataFrame, spec: HeatmapSpec) -> Heatmap:
     quantity = "effect" if spec.aggregate == "mean" else "normalized"
     column = _column_axis(rows)
     keys = [name for name in ("template", "head", "kv_head", "neuron", "span", "position") if _varies(rows, name)]
-    keys = [name for name in keys if name != column]
+    # A query head's key/value head follows from the head.
+    keys = [name for name in keys if name != column and not (column == "head" and name == "kv_head")]
     layers = tuple(sorted({int(layer) for layer in rows["layer"].dropna()})) or (0,)
     strongest = [name for name in keys if name != "template"] if _groups(rows, keys) > MAX_PANELS else []
     keys = [name for name in keys if name not in strongest]

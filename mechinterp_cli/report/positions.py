@@ -9,7 +9,7 @@ from mechinterp_cli.report.causal import unit_of
 from mechinterp_cli.report.cells import missing, number, text
 from mechinterp_cli.report.rows import Row, chosen_metric, distinct, having, records
 from mechinterp_cli.report.shapes import Curve, CurvePanel, Curves
-from mechinterp_cli.report.trials import Trials, called, key_of
+from mechinterp_cli.report.trials import Trials, key_of
 
 UNEDITED = "unedited"
 MAX_TRIALS, MAX_BANDS = 6, 3
@@ -47,13 +47,15 @@ def position_curves(rows: pd.DataFrame, trials: Trials, about: Sequence[str]) ->
 
 def _picture(rows: pd.DataFrame, metric: str, trials: Trials, lines: Sequence[str]) -> Curves:
     runs: dict[tuple[str, int] | None, list[Row]] = {}
-    for row in records(rows.sort_values("position")):
+    # Every value has its own rows of the unedited model; one of them is drawn.
+    unedited = rows["trial"].isna().to_numpy(dtype=bool)
+    once = rows[~(unedited & rows.assign(of=unedited).duplicated(["of", "position"]).to_numpy(dtype=bool))]
+    for row in records(once.sort_values("position")):
         runs.setdefault(None if missing(row["trial"]) else key_of(row), []).append(row)
     chosen = _chosen(list(runs), trials)
     several = len({key[0] for key in chosen}) > 1
     stretch = -(-max(len(run) for run in runs.values()) // MAX_POINTS)
-    names = {key: called(runs[key][0], {}) + (f" ({key[0]})" if several else "") for key in chosen}
-    names = _distinct(names)
+    names = _distinct({key: trials.called(runs[key][0], several=several) for key in chosen})
     value = [_curve(UNEDITED, runs[None], "value", stretch)] if None in runs else []
     # The change of the unedited model is nothing; the name keeps every run's colour the same in both panels.
     change = [Curve(name=UNEDITED, x=(), y=())] if None in runs else []

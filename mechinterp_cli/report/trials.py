@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import pandas as pd
 from rich.console import Group
@@ -88,9 +89,23 @@ class Trials:
         unique = {key_of(row): row for row in reversed(found)}
         return list(reversed(unique.values()))[:count]
 
-    def name(self, row: Row) -> str:
-        """What a trial is called: the units, and what stands in their place where there is more than one."""
-        return called(row, self.tokens) + (f" ({text(row.get('ablation'))})" if self.several else "")
+    @cached_property
+    def _known(self) -> dict[tuple[str, int], Row]:
+        """The rows by what names a trial."""
+        return {key_of(row): row for row in records(self.rows)}
+
+    def known(self, row: Row) -> Row:
+        """The summary's row of the trial that a row of another table is about; itself where there is none."""
+        return self._known.get(key_of(row), row)
+
+    def called(self, row: Row, *, several: bool = False) -> str:
+        """What a trial is called.
+
+        Args:
+            row: Of `summary`, or of a table that has trials, too.
+            several: Whether what stands in the units' place is named, as there is more than one such value.
+        """
+        return called(self.known(row), self.tokens) + (f" ({text(row.get('ablation'))})" if several else "")
 
 
 def trials_of(
@@ -119,18 +134,23 @@ def key_of(row: Row) -> tuple[str, int]:
 
 
 def called(row: Row, tokens: Mapping[str, Sequence[str]]) -> str:
-    """A trial's units, and the token that they stand at where there is one.
+    """A trial's set, its k, or its units and the token that they stand at where there is one.
 
     Args:
-        row: Of `summary`, `positions`, `words` or `contrasts`.
+        row: Of `summary`.
         tokens: Decoded tokens by template.
     """
+    by_design = {"set": text(row.get("set")), "keep": f"all but {text(row.get('set'))}"}
+    by_design["cumulative"] = f"top {text(row.get('k'))}"
+    if not missing(row.get("design")) and text(row["design"]) in by_design:
+        return by_design[text(row["design"])]
     if missing(row.get("label")):
         return describe_place(row, tokens)
     words = tokens.get(text(row.get("template")), ())
     position = -1 if missing(row.get("position")) else int(number(row["position"]))
     token = f" {show_token(words[position])}" if 0 <= position < len(words) else ""
-    return text(row["label"]) + token
+    # What stands in place is told apart.
+    return text(row["label"]).removesuffix(f", {text(row.get('ablation'))}") + token
 
 
 def trials_table(trials: Trials, baseline: str, *, count: int, width: int, plain: bool) -> Group | None:
@@ -150,7 +170,7 @@ def trials_table(trials: Trials, baseline: str, *, count: int, width: int, plain
     cells = [
         {
             "#": str(place),
-            "ablated": called(row, trials.tokens),
+            "ablated": trials.called(row),
             "ablation": text(row.get("ablation")) if trials.several else "",
             "effect": figure(row[trials.quantity]),
             "interval": interval(row.get("ci_low"), row.get("ci_high")),

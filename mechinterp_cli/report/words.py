@@ -10,7 +10,7 @@ from mechinterp_cli.report.cells import missing, number, text
 from mechinterp_cli.report.labels import show_text
 from mechinterp_cli.report.rows import Row, having, records
 from mechinterp_cli.report.tables import Column, line, text_table
-from mechinterp_cli.report.trials import Trials, called, key_of
+from mechinterp_cli.report.trials import Trials, key_of
 
 MAX_TRIALS = 6
 """Ablations shown of every prompt."""
@@ -54,10 +54,13 @@ def _cells(edited: Sequence[Row], unedited: Row | None, trials: Trials) -> Itera
     without = "" if unedited is None else text(unedited["text"]) or NONE
     several = len({text(row["ablation"]) for row in edited}) > 1
     for at, row in enumerate(edited):
-        name = called(row, trials.tokens) + (f" ({text(row['ablation'])})" if several else "")
         same = unedited is not None and list(row["token_ids"]) == list(unedited["token_ids"])
         words = "the same" if same else text(row["text"]) or NONE
-        yield {"ablated": name, "with the ablation": words, "without": without if at == 0 else ""}
+        yield {
+            "ablated": trials.called(row, several=several),
+            "with the ablation": words,
+            "without": without if at == 0 else "",
+        }
     if not edited:
         yield {"ablated": "", "with the ablation": "", "without": without}
 
