@@ -32,6 +32,13 @@ EVERY = [
 ]
 
 
+REALS = {
+    "effect", "ci_low", "ci_high", "random_effect", "random_low", "random_high", "difference", "p", "baseline",
+    "full", "empty", "alone", "without", "faithfulness", "completeness", "faithfulness_low", "interaction",
+    "effect_a", "effect_b", "joint", "value",
+}  # fmt: skip
+
+
 def view(fake: Fake, *lacking: str, **instead: pd.DataFrame) -> View:
     tables = {**fake.tables(), **instead}
     return view_of(fake.manifest, {name: rows for name, rows in tables.items() if name not in lacking})
@@ -161,9 +168,10 @@ def test_only_the_first_metric_is_told_and_drawn_but_for_rankings() -> None:
 
 def test_a_token_stands_beside_a_unit_at_a_position() -> None:
     fake = Fake(positions=4, values=("zero",), layers=2, heads=2)
-    assert cells(text(view(fake)), "1")[1] == f"{view(fake).headline()[0]['label']} " + {
-        "0": "_the", "1": "_Mary", "2": "\\n", "3": "_John",
-    }[str(view(fake).headline()[0]["label"]).split("@")[1]]  # fmt: skip
+    shown = view(fake)
+    label = str(shown.headline()[0]["label"]).removesuffix(", zero")
+    token = ("_the", "_Mary", "\\n", "_John")[int(label.split("@")[1])]
+    assert cells(text(shown), "1")[1] == f"{label} {token}"
 
 
 def test_random_rankings_and_joint_effects_are_not_among_the_strongest() -> None:
@@ -211,7 +219,6 @@ def test_sets_have_faithfulness_and_completeness() -> None:
     fake = Fake(design="keep")
     shown = text(view(fake), 100)
     assert "sets, zero ablation: loss (nats per token): 2.000 unedited, 7.000 with everything ablated" in shown
-    assert cells(shown, "circuit | 2 ")[2:] if "circuit | 2 " in shown else True
     table = shown[shown.index("sets, zero ablation") :]
     assert cells(table, "circuit") == [
         "circuit",
@@ -281,21 +288,45 @@ def test_groups_have_dots_with_their_own_intervals_and_a_difference() -> None:
 
 
 @pytest.mark.parametrize(
-    ("verdict", "display", "expected"),
+    ("verdict", "expected"),
     [
-        ("yes", {}, "does the effect of 2.0 differ between aligned and conflicting? yes: difference -0.600 [-0.8"),
-        ("no", {"margin": "0.05"}, "and conflicting? no within 0.05: difference -0.600 [-0.800, -0.410]"),
-        ("no", {}, "and conflicting? no: difference"),
-        ("yes", {"margin": "0.05"}, "and conflicting? yes: difference"),
-        ("inconclusive", {"question": "does it rely on the nearest noun?"},
-         "does it rely on the nearest noun (2.0)? inconclusive: difference -0.600 [-0.800, -0.410]"),
+        (
+            "yes",
+            "does the effect of 2.0 differ between aligned and conflicting? yes: difference -0.600 [-0.800, -0.410]",
+        ),
+        ("no", "does the effect of 2.0 differ between aligned and conflicting? no within 0.2: difference -0.600 [-0.8"),
+        ("inconclusive", "and conflicting? inconclusive: difference -0.600 [-0.800, -0.410]"),
     ],
-)  # fmt: skip
-def test_the_verdict_is_a_sentence(verdict: str, display: dict[str, str], expected: str) -> None:
-    fake = Fake(groups=GROUPS, values=("zero",), verdict=verdict, display=display)
-    shown = text(view(fake), 200)
-    assert expected in shown
-    assert sum("? " in line for line in shown.splitlines()) == 5
+)
+def test_the_verdict_is_a_sentence(verdict: str, expected: str) -> None:
+    fake = Fake(groups=GROUPS, values=("zero",), verdict=verdict, margin=0.2)
+    assert expected in text(view(fake), 200)
+
+
+def test_the_strongest_of_every_block_and_every_set_has_its_sentence() -> None:
+    def asked(fake: Fake, **instead: pd.DataFrame) -> list[str]:
+        lines = text(view(fake, **instead), 200).splitlines()
+        return [line.split(" differ")[0].removeprefix("does the effect of ") for line in lines if "? yes" in line]
+
+    fake = Fake(groups=GROUPS)
+    assert asked(fake) == ["2.0 (zero)", "2.0 (mean)"]
+    blocks = [{**row, "block": row["layer"]} for row in records(fake.summary_table())]
+    found = asked(fake, summary=frame("summary", blocks))
+    assert {"2.0 (zero)", "2.0 (mean)", "1.1 (zero)", "1.1 (mean)"} < set(found)
+    assert len(found) == 5
+    assert asked(Fake(groups=GROUPS, design="set", values=("zero",))) == ["circuit", "other"]
+
+
+def test_trials_are_called_the_same_in_every_table() -> None:
+    fake = Fake(design="set", groups=GROUPS, length=4, values=("zero",), continuations=SAID[:2])
+    shown = view(fake)
+    assert "circuit: 1.1" not in text(shown, 200)
+    found = specs(shown)
+    assert {row["name"] for row in data(found["contrasts"], "name")} == {"circuit", "other"}
+    assert {row["name"] for row in data(found["positions"], "name")} == {"unedited", "circuit", "other"}
+    bare = text(view(fake, summary=fake.summary_table().head(0)), 200)
+    assert "circuit: 1.1+2.0 " in bare
+    assert ", zero" not in bare
 
 
 def test_groups_without_a_defined_effect() -> None:
@@ -347,6 +378,12 @@ def test_of_many_trials_the_sets_the_top_and_the_strongest_are_drawn() -> None:
     assert drawn(Fake(design="set", length=6)) == {"circuit (zero)", "other (zero)", "circuit (mean)", "other (mean)"}
 
 
+def test_the_unedited_model_is_drawn_once_however_many_values_there_are() -> None:
+    spec = specs(view(Fake(design="set", length=6)))["positions"]
+    above = spec["concat"][0]["layer"][-1]["data"]["name"]
+    assert [row["x"] for row in spec["datasets"][above] if row["name"] == "unedited"] == [1, 2, 3, 4, 5]
+
+
 def test_long_texts_are_drawn_in_stretches() -> None:
     fake = Fake(length=1001, values=("zero",), layers=1, heads=1)
     spec = specs(view(fake))["positions"]
@@ -369,12 +406,8 @@ def test_continuations_stand_side_by_side() -> None:
     shown = text(view(Fake(layers=1, continuations=SAID)), 120)
     assert "prompt 0: the Mary\\n Johning, caf\\xe9s \\u4e2d went<|im_start|> store gave" in shown
     table = shown[shown.index("prompt 0:") :]
-    found = {label: cells(table, label)[1:] for label in ("0.0", "0.1", "0.2", "0.3")}
-    assert sorted(found.values()) == sorted(
-        [["and and", "and then the store"], ["the same", ""], ["(nothing)", ""], ["\\x1b[31m[bold]\\n", ""]]
-    ) or {tuple(row[:1]) for row in found.values()} == {
-        ("and and",), ("the same",), ("(nothing)",), ("\\x1b[31m[bold]\\n",)
-    }  # fmt: skip
+    found = [cells(table, label)[1:] for label in ("0.0", "0.1", "0.2", "0.3")]
+    assert sorted(row[0] for row in found) == sorted(["and and", "the same", "(nothing)", "\\x1b[31m[bold]\\n"])
     assert sum("and then the store" in line for line in table.splitlines()) == 1
 
 
@@ -409,7 +442,7 @@ def test_along_training_the_last_checkpoint_is_told_and_the_strongest_are_follow
     line = {(row["name"], row["x"]): row["y"] for row in data(found["training"], "name", "x") if "high" not in row}
     assert line["2.0", 10_000.0] == pytest.approx(fake.strength("2.0") * 2 / 3)
     assert "checkpoint" not in title_of(found["training"]).replace("Strongest at the last checkpoint.", "")
-    assert len([row for row in shown.headline() if row["label"] == "2.0"]) == 2
+    assert [row["label"] for row in shown.headline()][:2] == ["2.0, zero", "2.0, mean"]
     keep = view(Fake(design="keep", checkpoints=STEPS))
     assert text(keep).count("| other   |    1 |") == 2
 
@@ -430,7 +463,7 @@ def test_a_run_without_any_number_is_shown(design: str, value: float | None) -> 
     rows = [{**row, **numbers, "status": "undefined"} for row in records(fake.summary_table())]
     emptied = ("curve", "circuits", "interactions", "positions")
     blank = {
-        name: [{**row, **{key: value for key in row if key in _REALS}} for row in records(table)]
+        name: [{**row, **{key: value for key in row if key in REALS}} for row in records(table)]
         for name, table in fake.tables().items()
         if name in emptied
     }
@@ -438,11 +471,6 @@ def test_a_run_without_any_number_is_shown(design: str, value: float | None) -> 
     assert "nan" not in text(shown).lower()
     json.dumps(shown.headline(), allow_nan=False)
     assert all(picture.png() for _, picture in shown.pictures)
-
-
-_REALS = {"effect", "ci_low", "ci_high", "random_effect", "random_low", "random_high", "difference", "p", "baseline",
-          "full", "empty", "alone", "without", "faithfulness", "completeness", "faithfulness_low", "interaction",
-          "effect_a", "effect_b", "joint", "value"}  # fmt: skip
 
 
 @pytest.mark.parametrize("fake", EVERY)
@@ -475,7 +503,7 @@ def test_names_and_tokens_cannot_act(design: str) -> None:
     fake = Fake(
         design=design, tokens=HOSTILE, sets=dict.fromkeys(HOSTILE[:-1], ("1.1",)), groups=HOSTILE[:2], length=4,
         continuations=HOSTILE[:4], positions=3 if design == "single" else 0, values=("zero",),
-        display={"title": "\x1b[31m<script>", "question": "\x1b[31m[bold]"},
+        display={"title": "\x1b[31m<script>"},
     )  # fmt: skip
     if design == "pairs":
         rows = [{**row, "a": HOSTILE[i % 6], "b": HOSTILE[(i + 1) % 6]}
@@ -487,7 +515,7 @@ def test_names_and_tokens_cannot_act(design: str) -> None:
         seen = text(shown, 120, plain=plain)
         assert "\x1b[31m" not in seen
         assert "\u202e" not in seen
-        assert "\\x1b[31m[bold]" in seen
+        assert "\\x1b[31m" in seen
     for _, picture in shown.pictures:
         assert isinstance(picture, Drawing)
         assert not any("\x1b" in found or "\u202e" in found for found in strings(picture.spec()))
