@@ -157,6 +157,14 @@ def test_units_that_share_a_cell_are_said() -> None:
     assert "strongest that it holds" not in title_of(specs(view(fake))["00-head-zero-loss"])
 
 
+def test_maps_of_edges_say_where_they_lead() -> None:
+    fake = Fake(values=("zero",))
+    manifest = fake.manifest
+    manifest.config["ablate"]["units"] = [{"kind": "edge", "keys": ["subject", 3]}]
+    found = specs(view_of(manifest, fake.tables()))
+    assert title_of(found["00-edge-zero-loss"]).startswith("attention edges to subject, 3, zero ablation")
+
+
 def test_only_the_first_metric_is_told_and_drawn_but_for_rankings() -> None:
     fake = Fake(design="keep", metrics=("kl", "loss"), groups=GROUPS)
     assert {row["metric"] for row in view(fake).headline()} == {"kl"}
@@ -380,8 +388,10 @@ def test_of_many_trials_the_sets_the_top_and_the_strongest_are_drawn() -> None:
 
 def test_the_unedited_model_is_drawn_once_however_many_values_there_are() -> None:
     spec = specs(view(Fake(design="set", length=6)))["positions"]
-    above = spec["concat"][0]["layer"][-1]["data"]["name"]
-    assert [row["x"] for row in spec["datasets"][above] if row["name"] == "unedited"] == [1, 2, 3, 4, 5]
+    panel = spec["concat"][0]
+    marks = [part["data"]["name"] for part in (panel, *panel["layer"]) if "data" in part]
+    drawn = [row for row in spec["datasets"][marks[-1]] if row.get("name") == "unedited"]
+    assert [row["x"] for row in drawn] == [1, 2, 3, 4, 5]
 
 
 def test_long_texts_are_drawn_in_stretches() -> None:

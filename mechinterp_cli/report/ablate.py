@@ -200,13 +200,21 @@ def _by_group(summary: pd.DataFrame, metric: str) -> pd.DataFrame:
     return rows[(rows["group"].notna() & (rows["group"] != "all")).fillna(False).to_numpy(dtype=bool)]
 
 
-def _blocks(manifest: Manifest) -> list[str]:
-    """The kind of every block of units."""
-    return [str(block["kind"]) for block in (manifest.config.get("ablate") or {}).get("units") or []]
+def _blocks(manifest: Manifest) -> list[dict[str, Any]]:
+    """The blocks of units in the config."""
+    return list((manifest.config.get("ablate") or {}).get("units") or [])
+
+
+def _block_name(block: dict[str, Any]) -> str:
+    """What a block's units are; attention edges by where they lead, as two blocks often differ in this alone."""
+    name = KINDS.get(block["kind"], str(block["kind"]))
+    keys = block.get("keys")
+    listed = keys if isinstance(keys, str) else ", ".join(map(str, keys or ()))
+    return f"{name} to {listed}" if listed else name
 
 
 def _noun(manifest: Manifest) -> str:
-    kinds = set(_blocks(manifest))
+    kinds = {str(block["kind"]) for block in _blocks(manifest)}
     return KINDS.get(kinds.pop(), "units") if len(kinds) == 1 else "units"
 
 
@@ -227,7 +235,7 @@ def _maps(
     trials: Trials, manifest: Manifest, prompts: pd.DataFrame, about: Sequence[str]
 ) -> Iterator[tuple[str, Heatmap]]:
     """A map per block and value of the units that were ablated alone."""
-    kinds = _blocks(manifest)
+    blocks = _blocks(manifest)
     counts = f"{prompts['prompt'].nunique()} prompts"
     spec = HeatmapSpec(
         title="",
@@ -245,8 +253,9 @@ def _maps(
     for ablation in distinct(rows, "ablation"):
         for number_of, part in having(rows, ablation=ablation).groupby("block", sort=True):
             block = int(str(number_of))
-            kind = kinds[block] if block < len(kinds) else str(part["site"].iloc[0])
-            title = f"{KINDS.get(kind, kind)}, {ablation} ablation, {about[0]}"
+            of = blocks[block] if block < len(blocks) else {"kind": str(part["site"].iloc[0])}
+            kind = str(of["kind"])
+            title = f"{_block_name(of)}, {ablation} ablation, {about[0]}"
             made = build_heatmap(part, replace(spec, title=title, normalization=_caption(spec, part)))
             yield f"{block:02d}-{kind}-{ablation}-{trials.metric}", made
 
