@@ -64,7 +64,7 @@ class Reference:
     @classmethod
     def of(cls, logits: Float[Tensor, "prompts vocab"]) -> "Reference":
         """Takes the softmax of the clean logits once."""
-        logits = _at_least_float32(logits)
+        logits = at_least_float32(logits)
         partition = log_partition(logits)
         return cls(logits, (logits - partition.to(logits.dtype)[:, None]).exp_(), partition)
 
@@ -337,7 +337,7 @@ class Measurer:
         for start in range(0, len(logits), ROWS_PER_CHUNK):
             index = prompt_index[start : start + ROWS_PER_CHUNK]
             targets = Targets(index, self._answer.at(index), self._wrong.at(index), self._reference)
-            yield Readout(_at_least_float32(logits[start : start + ROWS_PER_CHUNK]), targets)
+            yield Readout(at_least_float32(logits[start : start + ROWS_PER_CHUNK]), targets)
 
     def _measure(self, readout: Readout) -> Tensor:
         return torch.stack([metric.function(readout) + readout.poison for metric in self.metrics], dim=-1)
@@ -370,17 +370,12 @@ def check_prompts(metrics: Sequence[Metric], prompts: Sequence[Prompt], task: st
     wrong = next((metric.name for metric in metrics if metric.needs_wrong), None)
     for index, prompt in enumerate(prompts):
         if answer is not None and not prompt.answer:
-            raise UserError(f"metrics: {answer} needs an answer, and prompt {index}{of} has none", _answer_remedy())
+            free = " or ".join(sorted(name for name, metric in METRICS.items() if not metric.needs_answer))
+            remedy = f"Use {free}, or a task with answers: {', '.join(tasks_with_answers())}."
+            raise UserError(f"metrics: {answer} needs an answer, and prompt {index}{of} has none", remedy)
         if wrong is not None and not prompt.wrong_answer:
-            raise UserError(
-                f"metrics: {wrong} needs a wrong answer, and prompt {index}{of} has none",
-                "Give every prompt a `wrong_answer`, or use prob, logprob, rank, accuracy or kl.",
-            )
-
-
-def _answer_remedy() -> str:
-    free = " or ".join(sorted(name for name, metric in METRICS.items() if not metric.needs_answer))
-    return f"Use {free}, or a task with answers: {', '.join(tasks_with_answers())}."
+            remedy = "Give every prompt a `wrong_answer`, or use prob, logprob, rank, accuracy or kl."
+            raise UserError(f"metrics: {wrong} needs a wrong answer, and prompt {index}{of} has none", remedy)
 
 
 def _best_answer(readout: Readout) -> Tensor:
@@ -391,7 +386,8 @@ def _set_logit(tokens: TokenSets, logits: Tensor) -> Tensor:
     return _to_sum_dtype(tokens.gather(logits)).logsumexp(-1)
 
 
-def _at_least_float32(values: Tensor) -> Tensor:
+def at_least_float32(values: Tensor) -> Tensor:
+    """Logits in float32, or float64 where they are."""
     return values if values.dtype == torch.float64 else values.float()
 
 

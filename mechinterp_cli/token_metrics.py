@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mechinterp_cli.errors import UserError
-from mechinterp_cli.metrics import Reference, log_partition
+from mechinterp_cli.metrics import Reference, at_least_float32, log_partition
 
 TOKEN_METRICS = ("loss", "kl", "top1", "repeated_loss", "first_loss", "loss_gap")
 """All metrics. `loss`: mean cross-entropy of the next token, nats. `kl`: mean of Σ_vocab p_clean (log p_clean − log p),
@@ -68,7 +68,7 @@ def next_token_losses(
     logits: Float[Tensor, "items vocab"], following: Int[Tensor, " items"]
 ) -> Float[Tensor, " items"]:
     """Cross-entropy of the token that follows, nats, in float32 (float64 where the logits are)."""
-    wide = _at_least_float32(logits)
+    wide = at_least_float32(logits)
     return wide.logsumexp(-1) - wide.gather(1, following[:, None])[:, 0]
 
 
@@ -228,7 +228,7 @@ class TokenMeasurer:
         return torch.cat([self._numbers(*chunk) for chunk in chunks])
 
     def _numbers(self, logits: Tensor, prompt: Tensor, read: Tensor) -> Tensor:
-        wide = _at_least_float32(logits)
+        wide = at_least_float32(logits)
         return torch.stack([self._number(name, wide, prompt, read).double() for name in self.measured], dim=-1)
 
     def _number(self, name: str, logits: Tensor, prompt: Tensor, read: Tensor) -> Tensor:
@@ -263,7 +263,3 @@ class TokenMeasurer:
         if name in BASE:
             return numbers[name].mean(-1)
         return self._predictions.mean(name, numbers["loss"])
-
-
-def _at_least_float32(values: Tensor) -> Tensor:
-    return values if values.dtype == torch.float64 else values.float()

@@ -44,7 +44,7 @@ def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[ModuleType
         return {"trials": 7, "task": loaded.config.resolved()["task"]["n"]}
 
     module.__dict__.update(run_experiment=run_experiment, dry_run=dry_run)
-    import mechinterp_cli.cli.patch as command
+    import mechinterp_cli.cli.experiments as command
     import mechinterp_cli.methods as package
     from mechinterp_cli.cli.options import execute
     from mechinterp_cli.cli.registry import register_all
@@ -228,7 +228,7 @@ import signal, sys, time, types
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 from mechinterp_cli.cli.main import main
-import mechinterp_cli.cli.patch as command
+import mechinterp_cli.cli.experiments as command
 import mechinterp_cli.methods as package
 from mechinterp_cli.config.base import MethodOptions
 from mechinterp_cli.runs.recorder import record

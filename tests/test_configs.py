@@ -13,9 +13,7 @@ import typer
 import yaml
 from typer.exceptions import TyperException
 
-import mechinterp_cli.cli.ablate as ablate_command
-import mechinterp_cli.cli.heads as heads_command
-import mechinterp_cli.cli.patch as patch_command
+from mechinterp_cli.cli import experiments as commands_of
 from mechinterp_cli.cli.main import app, main
 from mechinterp_cli.cli.registry import register_all
 from mechinterp_cli.config.loader import LoadedConfig, load_config
@@ -345,9 +343,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         seen.append(name)
         return zoo.ZooStatus(entry, at_hand=True, folder=None)
 
-    monkeypatch.setattr(patch_command, "execute", execute)
-    monkeypatch.setattr(heads_command, "execute", execute)
-    monkeypatch.setattr(ablate_command, "execute", execute)
+    monkeypatch.setattr(commands_of, "execute", execute)
     monkeypatch.setattr(zoo, "fetch", fetch)
     return seen
 

@@ -391,7 +391,7 @@ def test_direct_effects_are_those_of_the_answers(tmp_path: Path) -> None:
     loaded = config_of(tmp_path, section, method="heads", task=INDUCTION)
     model = load_model(loaded.config.model)
     with circuits(model) as shared:
-        found = direct_effects(shared, build_prompts(loaded, model).prompts)
+        found = direct_effects(shared, build_prompts(loaded.config.task, model).prompts)
     assert not isinstance(found, str)
     scores = run.table("scores")
     rows = scores[scores["score"] == "direct_effect"]

@@ -303,6 +303,18 @@ def test_heads_whose_attention_cannot_be_read_have_scores_of_weights(
     assert capfd.readouterr().err == ""
 
 
+def test_direct_effects_of_heads_whose_attention_cannot_be_read_are_scored_and_not_drawn(
+    refused: Refused, capfd: pytest.CaptureFixture[str]
+) -> None:
+    del refused  # makes the folder that the model is written to
+    Path("c.yaml").write_text(write_model(build("gptj")))
+    asked = ["heads.scores=[direct_effect]", "heads.causal=null", "task={name: induction, n: 4, block: 6}"]
+    assert main(["heads", "c.yaml", "--quiet", *[part for one in asked for part in ("--set", one)]]) == 0
+    run = Path(capfd.readouterr().out.strip())
+    assert (run / "scores.parquet").exists()
+    assert not (run / "patterns.parquet").exists()
+
+
 def test_a_layer_of_another_kind_is_named(refused: Refused) -> None:
     config = changed(write_model(build("qwen3_next")), "[0, 1]", "[1, 2]")
     refused(config, "c.yaml:6: heads.layers[1]: layer 2 has no attention pattern: ", "Layers that have one: 1.")

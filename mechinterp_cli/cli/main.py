@@ -10,7 +10,7 @@ import typer
 from typer.exceptions import Abort, TyperException
 
 from mechinterp_cli import __version__
-from mechinterp_cli.cli import ablate, compare, heads, models, patch, reproduce, resume, runs, schema, show
+from mechinterp_cli.cli import compare, experiments, models, reproduce, resume, runs, schema, show
 from mechinterp_cli.cli.console import Console
 from mechinterp_cli.errors import ExitCode, MechinterpError
 from mechinterp_cli.runs.signals import Terminated
@@ -27,9 +27,8 @@ app = typer.Typer(
     add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False,
     epilog="Example: mechinterp patch configs/patch-ioi.yaml",
 )  # fmt: skip
-app.command("patch")(patch.patch)
-app.command("ablate")(ablate.ablate)
-app.command("heads")(heads.heads)
+for method in experiments.EXPERIMENTS:
+    app.command(method)(experiments.command(method))
 app.command("resume")(resume.resume)
 app.command("reproduce")(reproduce.reproduce)
 app.command("show")(show.show)

@@ -171,7 +171,6 @@ def group_means(
     )
 
 
-@torch.no_grad()
 def stream_means(model: nn.Module, anatomy: Anatomy, sites: set[Site], tokens: Sequence[Tensor]) -> dict[Site, Tensor]:
     """Mean activation [*features] of each site over all prompts and positions, summed in float64.
 
@@ -181,18 +180,9 @@ def stream_means(model: nn.Module, anatomy: Anatomy, sites: set[Site], tokens: S
         sites: Where.
         tokens: By bucket, ids [prompts, positions].
     """
-    sums: dict[Site, Tensor] = {}
-
-    def visit(site: Site, activation: Tensor) -> None:
-        total = activation.detach().double().sum((0, 1)).cpu()
-        sums[site] = sums[site] + total if site in sums else total
-
-    for batch in tokens:
-        for part in torch.split(batch, max(1, TOKENS_PER_PASS // batch.shape[1])):
-            with visiting(model, anatomy, kinds_by_layer(sites), visit):
-                forward(model, part.to(device_of(model)), last_only=True)
-    count = sum(batch.numel() for batch in tokens)
-    return {site: (total / count).float() for site, total in sums.items()}
+    passes = [part for batch in tokens for part in torch.split(batch, max(1, TOKENS_PER_PASS // batch.shape[1]))]
+    found = group_moments(model, anatomy, sites, passes, [[0] * len(part) for part in passes])
+    return {site: moments.mean[0] for site, moments in found.items()}
 
 
 @dataclass(frozen=True, eq=False)

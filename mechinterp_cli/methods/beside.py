@@ -8,7 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from mechinterp_cli.config.schema import StatsOptions as StatsSection
-from mechinterp_cli.stats import choose_units, draw_weights, ratio_intervals, verdicts
+from mechinterp_cli.stats import Units, choose_units, draw_weights, ratio_intervals, verdicts
+from mechinterp_cli.stats.intervals import IntervalMethod
 
 Floats = npt.NDArray[np.float64]
 Row = dict[str, Any]
@@ -28,6 +29,8 @@ class Estimates:
     verdict_low: Floats
     """Of the 90 % interval that verdicts are read off."""
     verdict_high: Floats
+    units: Units
+    """What was resampled."""
 
     def ends(self, row: int, *names: str) -> Row:
         """Two columns: the interval of a row, null where it has none."""
@@ -37,7 +40,12 @@ class Estimates:
 
 
 def estimate(
-    numerators: Floats, denominators: Floats | None, clusters: Sequence[str], stats: StatsSection
+    numerators: Floats,
+    denominators: Floats | None,
+    clusters: Sequence[str],
+    stats: StatsSection,
+    *,
+    method: IntervalMethod | None = None,
 ) -> Estimates:
     """Σ numerators / Σ denominators of each row with intervals over prompts; the mean where there are no denominators.
 
@@ -46,6 +54,7 @@ def estimate(
         denominators: [prompts].
         clusters: Of the prompts; resampled together.
         stats: How.
+        method: How the interval is made; as `stats` has it where None.
     """
     count = numerators.shape[1]
     below = np.ones(count) if denominators is None else denominators
@@ -57,10 +66,10 @@ def estimate(
         units,
         weights,
         levels=(stats.ci, VERDICT_LEVEL),
-        method=stats.interval,
+        method=method or stats.interval,
         min_denominator=0.5 if denominators is None else stats.denominator_absolute * count,
     )
-    return Estimates(found.estimate, found.low[0], found.high[0], found.low[1], found.high[1])
+    return Estimates(found.estimate, found.low[0], found.high[0], found.low[1], found.high[1], units)
 
 
 def beside_random(

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mechinterp_cli.config.base import TaskOptions
 from mechinterp_cli.config.loader import LoadedConfig
 from mechinterp_cli.engine.capture import embeddings, last_logits
 from mechinterp_cli.engine.wavefront import Measure
@@ -22,14 +23,13 @@ TOKENS_PER_BUCKET = 2**15
 """Prompts of one length are split where together they would have more tokens than this."""
 
 
-def build_prompts(loaded: LoadedConfig, model: LoadedModel) -> PromptSet:
-    """The task's prompts, checked against the model's tokenizer and context.
+def build_prompts(task: TaskOptions, model: LoadedModel) -> PromptSet:
+    """A task's prompts, checked against the model's tokenizer and context.
 
     Raises:
         UserError: The task cannot be built.
     """
-    rows = model.model.get_input_embeddings().weight.shape[0]  # type: ignore[index]  # unannotated
-    return build(loaded.config.task, model.tokenizer, max_length=model.anatomy.max_length, vocab_size=int(rows))
+    return build(task, model.tokenizer, max_length=model.anatomy.max_length, vocab_size=model.embedding_rows)
 
 
 def split_members(prompts: PromptSet, draws: int = 1) -> list[tuple[int, ...]]:

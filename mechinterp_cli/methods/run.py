@@ -79,7 +79,7 @@ def prepare(loaded: LoadedConfig, progress: Progress, *, compute: bool = True) -
     moment = moments[0]
     progress.stage(f"{moment.heading}loading {moment.options.id}")
     model = load_model(moment.options)
-    prompts = build_prompts(loaded, model)
+    prompts = build_prompts(loaded.config.task, model)
     return Prepared(loaded, moments, experiment_of(Setting(loaded, model, moment, prompts, progress, compute)))
 
 

@@ -109,7 +109,7 @@ def _unit_columns(spec: TrialSpec, layer: int, anatomy: Anatomy) -> dict[str, in
         return {"head": None, "kv_head": None, "neuron": spec.neuron}
     if spec.by_kv_head:
         return {"head": None, "kv_head": spec.head, "neuron": None}
-    return {"head": spec.head, "kv_head": spec.head // (heads.query // heads.key_value), "neuron": None}
+    return {"head": spec.head, "kv_head": heads.shared_by(spec.head), "neuron": None}
 
 
 _INTEGERS = ("layer", "head", "kv_head", "neuron", "position", "k", "ranking", "block")

@@ -37,3 +37,8 @@ class LoadedModel:
     tokenizer: "PreTrainedTokenizerBase"
     anatomy: "Anatomy"
     source: ModelSource
+
+    @property
+    def embedding_rows(self) -> int:
+        """How many token ids the model can take; a tokenizer may have more or fewer."""
+        return int(self.model.get_input_embeddings().weight.shape[0])  # type: ignore[index]  # unannotated

@@ -30,6 +30,10 @@ class Heads:
     d_head: int
     d_value: int
 
+    def shared_by(self, head: int) -> int:
+        """The key/value head that a query head shares with others, or has to itself."""
+        return head // (self.query // self.key_value)
+
 
 def same(a: Tensor | None, b: Tensor | None) -> bool:
     """Whether two recorded tensors are equal but for rounding."""

@@ -29,9 +29,17 @@ class Layout:
     trials: list[Ablation] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
-    def add(self, design: str, units: Sequence[int], **about: object) -> None:
+    def add(
+        self,
+        design: str,
+        units: Sequence[int],
+        *,
+        k: int | None = None,
+        ranking: int | None = None,
+        set: str | None = None,
+    ) -> None:
         """One more trial."""
-        self.trials.append(Ablation(len(self.trials), design, tuple(units), **about))  # type: ignore[arg-type]  # fields by name
+        self.trials.append(Ablation(len(self.trials), design, tuple(units), k, ranking, set))
 
     def named(self, text: str, path: Path) -> int:
         """The unit of that name."""

@@ -150,8 +150,7 @@ def _features(anatomy: Anatomy, kind: UnitKind, layer: int, numbers: tuple[int, 
         return tuple(sorted(numbers))
     heads = anatomy.layers[layer].heads
     assert heads is not None
-    share = heads.query // heads.key_value
-    return tuple(head for kv in sorted(numbers) for head in range(kv * share, (kv + 1) * share))
+    return tuple(head for head in range(heads.query) if heads.shared_by(head) in numbers)
 
 
 def _name(kind: UnitKind, stem: str, numbers: tuple[int, ...] | None) -> str:

@@ -100,20 +100,16 @@ def fit_trials(
     zero = Zero(prompts, "")
     found: dict[int, Constants] = {}
     total = len(trials) * options.steps
+
+    def told(step: int) -> None:
+        tick(min(total, len(found) * options.steps + step + 1), total)
+
     for trial in trials:
         merged = merge([units[unit] for unit in trial.units])
         edits = [[edit for one in merged for edit in zero.edits(one, bucket)] for bucket in members]
-        own = {Site(one.part.kind, one.part.layer) for one in merged}
-        done = len(found) * options.steps
-        fitted = fitter.fit(
-            edits,
-            {site: start[site] for site in own},
-            steps=options.steps,
-            rate=options.rate,
-            seed=options.seed,
-            tick=lambda step, done=done: tick(min(total, done + step + 1), total),  # type: ignore[misc]  # bound now
-        )
-        found[trial.index] = fitted.constants
+        own = {site: start[site] for site in {Site(one.part.kind, one.part.layer) for one in merged}}
+        how = {"steps": options.steps, "seed": options.seed}
+        found[trial.index] = fitter.fit(edits, own, rate=options.rate, tick=told, **how).constants
     return Fitted(prompts, model.anatomy, found)
 
 

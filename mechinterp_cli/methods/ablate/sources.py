@@ -9,7 +9,6 @@ from mechinterp_cli.methods import measure as measuring
 from mechinterp_cli.methods.ablate.averages import Sample
 from mechinterp_cli.methods.ablate.options import MeanOptions, ResampleOptions, Stream
 from mechinterp_cli.methods.experiment import Setting
-from mechinterp_cli.tasks.build import build
 from mechinterp_cli.tasks.draw import Draw
 from mechinterp_cli.tasks.prompts import Prompt, PromptSet
 
@@ -72,9 +71,8 @@ def reference_prompts(options: TaskOptions, setting: Setting) -> PromptSet:
         UserError: They cannot be built; names the key.
     """
     model = setting.model
-    rows = model.model.get_input_embeddings().weight.shape[0]  # type: ignore[index]  # unannotated
     try:
-        prompts = build(options, model.tokenizer, max_length=model.anatomy.max_length, vocab_size=int(rows))
+        prompts = measuring.build_prompts(options, model)
         if getattr(options, "keep", "all") == "correct" and setting.compute:
             prompts, _ = measuring.keep_correct(prompts, measuring.clean_logits(model, prompts), top=False)
     except UserError as error:

@@ -106,7 +106,7 @@ class AblationSpec:
         heads = self.anatomy.layers[unit.layer].heads
         if unit.kind == "kv_head" or heads is None:
             return unit.number
-        return unit.number // (heads.query // heads.key_value)
+        return heads.shared_by(unit.number)
 
     def trial_rows(self, reference: str, first: int) -> list[Row]:
         """One row per edited site: one for each head or neuron where there are several."""
@@ -123,9 +123,7 @@ class AblationSpec:
                     "site": part.kind,
                     "layer": part.layer,
                     "head": unit if is_head else None,
-                    "kv_head": unit // (heads.query // heads.key_value)
-                    if is_head and heads and unit is not None
-                    else None,
+                    "kv_head": heads.shared_by(unit) if is_head and heads and unit is not None else None,
                     "neuron": unit if part.kind == "neuron" else None,
                     "position": merged.place.position,
                     "span": merged.place.span,

@@ -65,8 +65,8 @@ def lay_out(
     trials: list[Ablated] = []
     warnings: list[str] = []
 
-    def add(*what: object) -> None:
-        trials.append(Ablated(len(trials), *what))  # type: ignore[arg-type]  # the fields in order
+    def add(design: Design, k: int, heads: Sequence[Head], draw: int | None = None) -> None:
+        trials.append(Ablated(len(trials), score, ablation, design, k, tuple(heads), draw))
 
     for score in options.scores:
         ranked = list(ranking[score])
@@ -81,11 +81,11 @@ def lay_out(
         for ablation in options.values:
             if ablation == options.values[0]:
                 for head in ranked[: max(grid, default=0)]:
-                    add(score, ablation, "single", 1, (head,))
+                    add("single", 1, [head])
             for k in grid:
-                add(score, ablation, "top", k, tuple(ranked[:k]))
+                add("top", k, ranked[:k])
                 for draw, heads in enumerate(sets[k]):
-                    add(score, ablation, "random", k, heads, draw)
+                    add("random", k, heads, draw)
     return trials, warnings
 
 

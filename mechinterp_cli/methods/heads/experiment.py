@@ -20,7 +20,7 @@ from mechinterp_cli.methods.experiment import Experiment, Setting, Tables, prepa
 from mechinterp_cli.methods.heads import tables
 from mechinterp_cli.methods.heads.ablations import Ablations
 from mechinterp_cli.methods.heads.attention import ATTENTION_SCORES
-from mechinterp_cli.methods.heads.causal import Means, lay_out, make_job
+from mechinterp_cli.methods.heads.causal import Head, Means, lay_out, make_job
 from mechinterp_cli.methods.heads.options import ATTENTION, METRICS, CausalOptions, HeadsOptions
 from mechinterp_cli.methods.heads.scoring import (
     Scored,
@@ -97,8 +97,7 @@ class HeadsExperiment(Experiment):
             written["sequences"] = sequences
         if found.pairs:
             written["compositions"] = tables.composition_rows(found, self.scores)
-        drawn_scores = [name for name in self.scores if name in (*ATTENTION, "direct_effect")]
-        shown = {name: strongest(found.mean(name), self.options.show) for name in drawn_scores}
+        shown = self._shown(found)
         if any(shown.values()):
             drawn = shown_patterns(self.model, self.prompts, self._shortest(), shown, self._budget)
             written["patterns"] = tables.pattern_rows(drawn)
@@ -127,6 +126,17 @@ class HeadsExperiment(Experiment):
         if found.proof.by_layer:
             bench.note({"patterns": {"deviation": found.proof.deviation, "tolerance": found.proof.tolerance}})
         return found
+
+    def _shown(self, found: Scored) -> dict[str, list[Head]]:
+        """The strongest heads, by score, whose attention is drawn: those of layers that have a pattern."""
+        hidden = [layer.index for layer in self.model.anatomy.layers if "pattern" in layer.missing]
+        shown = {}
+        for name in self.scores:
+            if name in (*ATTENTION, "direct_effect"):
+                values = found.mean(name).clone()
+                values[hidden] = torch.nan
+                shown[name] = strongest(values, self.options.show)
+        return shown
 
     def _shortest(self) -> int:
         return min(self.scored, key=lambda i: self.prompts.prompts[i].length)

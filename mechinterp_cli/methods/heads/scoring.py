@@ -128,27 +128,27 @@ def _from_attention(
     heads = max(layer.heads.query for layer in anatomy.layers if layer.heads)
     values = {name: torch.full((len(prompts.prompts), anatomy.n_layers, heads), torch.nan).double() for name in names}
     chance = {name: torch.full((len(prompts.prompts),), torch.nan).double() for name in names}
-    total, before, deviations = len(members) * len(layers), 0, dict.fromkeys(layers, 0.0)
-    for bucket in buckets_of(prompts, members):
+    total, done = len(members) * len(layers), 0
+
+    def score(bucket: Sequence[int], before: int) -> PatternProof:
         sequences = sequences_of(prompts, bucket)
         cells = {name: ATTENTION_SCORES[name].cells(sequences) for name in names}
         for name in names:
             chance[name][bucket] = cells[name].chance()
 
-        def visit(layer: int, pattern: Tensor, part: slice, which: slice, bucket=bucket, cells=cells) -> None:  # type: ignore[no-untyped-def]  # bound now
+        def visit(layer: int, pattern: Tensor, part: slice, which: slice) -> None:
             for name, of in cells.items():
                 values[name][bucket[part], layer, which] = of.mean(pattern, part)
 
-        proof = attention_patterns(
-            model.model,
-            anatomy,
-            sequences.tokens,
-            layers,
-            visit,
-            budget=budget,
-            tick=lambda done, before=before: tick(before + done, total),  # type: ignore[misc]  # bound now
-        )
-        before += len(bucket) * len(layers)
+        def told(pairs: int) -> None:
+            tick(before + pairs, total)
+
+        return attention_patterns(model.model, anatomy, sequences.tokens, layers, visit, budget=budget, tick=told)
+
+    deviations = dict.fromkeys(layers, 0.0)
+    for bucket in buckets_of(prompts, members):
+        proof = score(bucket, done)
+        done += len(bucket) * len(layers)
         deviations |= {layer: max(deviations[layer], value) for layer, value in proof.by_layer.items()}
         found.proof = PatternProof(deviations, max(found.proof.tolerance, proof.tolerance))
     at = list(members)

@@ -8,10 +8,11 @@ import numpy.typing as npt
 import pandas as pd
 
 from mechinterp_cli.config.schema import StatsOptions as StatsSection
+from mechinterp_cli.methods.beside import estimate
 from mechinterp_cli.methods.heads.options import METRICS
 from mechinterp_cli.methods.heads.scoring import Scored, ShownPattern
 from mechinterp_cli.models.anatomy import Anatomy
-from mechinterp_cli.stats import StatsOptions, choose_units, draw_weights, ratio_intervals
+from mechinterp_cli.stats import StatsOptions
 from mechinterp_cli.stats.intervals import IntervalMethod
 from mechinterp_cli.tasks.prompts import PromptSet
 
@@ -25,7 +26,7 @@ def kv_head(anatomy: Anatomy, layer: int, head: int) -> int:
     """The key/value head that a query head shares with others, or its own."""
     heads = anatomy.layers[layer].heads
     assert heads is not None
-    return head // (heads.query // heads.key_value)
+    return heads.shared_by(head)
 
 
 def score_rows(
@@ -127,22 +128,14 @@ def _from_prompts(
     if not usable.any():
         yield from (_one(name, *place, float("nan"), chance) | {"n": 0} for place in places)
         return
-    units = choose_units(labels)
-    weights = draw_weights(units, draws=stats.bootstrap, seed=stats.seed)
-    ones = units.sums(np.ones((1, len(labels))))[0]
-    ends = ratio_intervals(units.sums(chosen), ones, units, weights, levels=(stats.ci,), method=INTERVAL)
-    suffix = ", conditional on these templates" if units.conditional else ""
+    ends = estimate(chosen, None, labels.tolist(), stats, method=INTERVAL)
+    suffix = ", conditional on these templates" if ends.units.conditional else ""
     for i, place in enumerate(places):
         value = float("nan") if broken[i] else float(chosen[i].mean())
-        low, high = float(ends.low[0, i]), float(ends.high[0, i])
-        known = not broken[i] and np.isfinite(low) and np.isfinite(high)
-        yield _one(name, *place, value, chance) | {
-            "ci_low": low if known else None,
-            "ci_high": high if known else None,
-            "ci_method": INTERVAL + suffix if known else "undefined",
-            "n": len(labels),
-            "clusters": units.clusters,
-        }
+        interval = {"ci_low": None, "ci_high": None} if broken[i] else ends.ends(i, "ci_low", "ci_high")
+        made = "undefined" if interval["ci_low"] is None else INTERVAL + suffix
+        about = {"ci_method": made, "n": len(labels), "clusters": ends.units.clusters}
+        yield _one(name, *place, value, chance) | interval | about
 
 
 def sequence_rows(

@@ -1,0 +1,57 @@
+"""`mechinterp patch`, `ablate`, `heads`: the commands that run an experiment; all have the same options."""
+
+from collections.abc import Callable
+
+from mechinterp_cli.cli.console import Console
+from mechinterp_cli.cli.options import Config, Device, DryRun, Json, Out, Overrides, Quiet, Resume, execute
+
+EXPERIMENTS = {
+    "patch": """Patch activations from prompt to prompt.
+
+    Each trial replaces one activation (or several) and measures what that changes.
+
+    Prints the run directory's path on stdout; pictures and messages go to stderr.
+
+    Example: mechinterp patch configs/patch-ioi.yaml --set task.n=8 --out runs
+    """,
+    "ablate": """Take parts away and measure what breaks.
+
+    Heads, neurons, blocks, layers, directions or attention edges: one by one, by a ranking, in sets, or in pairs.
+
+    Prints the run directory's path on stdout; pictures and messages go to stderr.
+
+    Example: mechinterp ablate configs/ablate-induction-heads.yaml --out runs
+    """,
+    "heads": """Find induction heads and their kin.
+
+    Scores every head, and ablates the strongest beside random ones: does the model's in-context learning need them?
+
+    Prints the run directory's path on stdout; pictures and messages go to stderr.
+
+    Example: mechinterp heads configs/heads-toy.yaml --out runs
+    """,
+}
+"""Subcommand to its help."""
+
+
+def command(method: str) -> Callable[..., None]:
+    """The function that Typer makes a subcommand of.
+
+    Args:
+        method: One of `EXPERIMENTS`.
+    """
+
+    def run(
+        config: Config,
+        set_: Overrides = None,
+        out: Out = None,
+        device: Device = None,
+        resume: Resume = None,
+        dry_run: DryRun = False,
+        quiet: Quiet = False,
+        as_json: Json = False,
+    ) -> None:
+        execute(method, config, set_, out, device, dry_run, Console.choose(quiet=quiet, as_json=as_json), resume)
+
+    run.__doc__ = EXPERIMENTS[method]
+    return run
