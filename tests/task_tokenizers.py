@@ -20,7 +20,7 @@ def corpus() -> Iterator[str]:
     words += [form for noun in agreement.NOUNS for form in noun]
     words += ["is", "are", "was", "were", "has", "have"]
     words += [word for fact in capitals.FACTS for word in f"{fact.country} {fact.capital}".split()]
-    texts = [*ioi.TEMPLATES, *capitals.TEMPLATES, "The lasted from the year to the year", "near behind with beside"]
+    texts = [*ioi.TEMPLATES, *capitals.TEMPLATES, "The lasted from the year to the year", "near behind with beside now"]
     texts += [str(year) for year in range(1100, 1800, 7)] * 20
     yield from [f"The {word}" for word in words] * 2
     yield from texts * 2

@@ -342,6 +342,25 @@ def test_agreement_groups_and_numbers() -> None:
         assert words(prompt, "subject").rstrip("s") != words(prompt, "attractor").rstrip("s")
 
 
+def test_agreement_twins_differ_in_the_number_of_the_nearest_noun_alone() -> None:
+    prompts = make("agreement", n=41).prompts
+    for aligned, conflicting in zip(prompts[0:40:2], prompts[1:40:2], strict=True):
+        assert (aligned.group, conflicting.group) == ("aligned", "conflicting")
+        assert aligned.cluster == conflicting.cluster
+        differ = [
+            i for i, (a, b) in enumerate(zip(aligned.clean_tokens, conflicting.clean_tokens, strict=True)) if a != b
+        ]
+        assert differ == list(aligned.spans["attractor"])
+    assert len({p.clean_tokens for p in prompts}) == 41
+
+
+def test_agreement_may_end_in_a_word_that_is_neither_noun() -> None:
+    for with_word, without in zip(make("agreement", adverb=True).prompts, make("agreement").prompts, strict=True):
+        assert with_word.clean == without.clean + " now"
+        assert max(with_word.spans["attractor"]) == with_word.length - 2
+        assert max(without.spans["attractor"]) == without.length - 1
+
+
 def test_agreement_options() -> None:
     plain = make("agreement", attractor="none", verbs="all").prompts
     assert all("attractor" not in p.spans and len(p.answer) == len(p.wrong_answer) == 3 for p in plain)

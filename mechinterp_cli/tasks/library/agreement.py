@@ -23,6 +23,7 @@ _WITH_ATTRACTOR = (
     "The {subject} with the {attractor}",
     "The {subject} beside the {attractor}",
 )
+_BEFORE_VERB = " now"
 _NOUNS = """
     key:keys cabinet:cabinets boy:boys girl:girls doctor:doctors teacher:teachers student:students car:cars
     house:houses book:books tree:trees dog:dogs cat:cats bird:birds farmer:farmers lawyer:lawyers author:authors
@@ -46,6 +47,8 @@ class AgreementOptions(GeneratedOptions):
     """The task."""
     attractor: Literal["none", "aligned", "conflicting", "both"] = "both"
     """Whether a second noun stands before the verb, and in whose number."""
+    adverb: bool = False
+    """Whether " now" stands before the verb, so that the last token is not the nearest noun itself."""
     verbs: Literal["is", "all"] = "is"
     """The answers: is against are, or the sets is, was, has against are, were, have."""
 
@@ -64,7 +67,11 @@ class _Case:
 
 @builds(AgreementOptions)
 def build_agreement(options: AgreementOptions, encoder: Encoder) -> Built:
-    """Draw `n` different prompts, spread evenly over groups; the cluster is the subject's noun."""
+    """Draw `n` different prompts, spread evenly over groups; the cluster is the subject's noun.
+
+    With `attractor: both` every prompt has a twin in the other group, of the same words but for the number of the
+    attractor.
+    """
     nouns = [noun for noun in NOUNS if all(encoder.word(form) is not None for form in noun)]
     verbs = _verbs(options, encoder)
     if len(nouns) < 2:
@@ -73,9 +80,8 @@ def build_agreement(options: AgreementOptions, encoder: Encoder) -> Built:
         raise UserError(cause, "Use another task with this model, or give prompts of your own (task.prompts).")
     draw = Draw(options.seed)
     groups = _groups(options)
-    sizes = [len(range(i, options.n, len(groups))) for i in range(len(groups))]
-    drawn = [_cases(draw, group, nouns, size) for group, size in zip(groups, sizes, strict=True)]
-    cases = [drawn[i % len(groups)][i // len(groups)] for i in range(options.n)]
+    codes = _codes(draw, groups, nouns, -(-options.n // len(groups)))
+    cases = [_case(codes[i // len(groups)], groups[i % len(groups)], nouns, options) for i in range(options.n)]
     return Built(one_length([finish(_draft(case, verbs, encoder), encoder, options) for case in cases]))
 
 
@@ -93,20 +99,25 @@ def _verbs(options: AgreementOptions, encoder: Encoder) -> tuple[Sequence[str], 
     return tuple(pair[_SINGULAR] for pair in pairs), tuple(pair[_PLURAL] for pair in pairs)
 
 
-def _cases(draw: Draw, group: str, nouns: Sequence[Sequence[str]], n: int) -> list[_Case]:
-    texts = _WITH_ATTRACTOR if group else _PLAIN
-    others = len(nouns) - 1 if group else 1
-    codes = room_for(draw, len(texts) * len(nouns) * others * 2, n, "agreement")
-    return [_case(code, group, texts, nouns, others) for code in codes]
+def _texts(group: str) -> Sequence[str]:
+    return _WITH_ATTRACTOR if group else _PLAIN
 
 
-def _case(code: int, group: str, texts: Sequence[str], nouns: Sequence[Sequence[str]], others: int) -> _Case:
+def _codes(draw: Draw, groups: Sequence[str], nouns: Sequence[Sequence[str]], n: int) -> list[int]:
+    """Numbers that stand for a text, a subject, its number, and an attractor's noun."""
+    others = len(nouns) - 1 if groups[0] else 1
+    return room_for(draw, len(_texts(groups[0])) * len(nouns) * others * 2, n, "agreement")
+
+
+def _case(code: int, group: str, nouns: Sequence[Sequence[str]], options: AgreementOptions) -> _Case:
+    texts = _texts(group)
     code, number = divmod(code, 2)
     code, text = divmod(code, len(texts))
-    subject, other = divmod(code, others)
+    subject, other = divmod(code, len(nouns) - 1 if group else 1)
     attractor = [noun for i, noun in enumerate(nouns) if i != subject][other]
     label = f"attractor-{text}" if group else f"plain-{text}"
-    return _Case(texts[text], label, nouns[subject], number, attractor, group)
+    adverb = _BEFORE_VERB if options.adverb else ""
+    return _Case(texts[text] + adverb, label, nouns[subject], number, attractor, group)
 
 
 def _draft(case: _Case, verbs: tuple[Sequence[str], Sequence[str]], encoder: Encoder) -> Draft:
