@@ -10,8 +10,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from mechinterp_cli.engine.capture import Means, group_means
-from mechinterp_cli.engine.edits import Bucket, Site, Trial
+from mechinterp_cli.engine.edits import Site
 from mechinterp_cli.engine.plan import Work
 from mechinterp_cli.errors import UserError
 from mechinterp_cli.methods import measure as measuring
@@ -19,11 +18,11 @@ from mechinterp_cli.methods import tables
 from mechinterp_cli.methods.bench import Bench
 from mechinterp_cli.methods.dry_run import cost_of
 from mechinterp_cli.methods.experiment import Experiment, Setting, Tables, prepares
+from mechinterp_cli.methods.interchange import Interchange, refuse_mean_of_keys
 from mechinterp_cli.methods.job import Job, Swept
-from mechinterp_cli.methods.patch import options as patching
-from mechinterp_cli.methods.patch.options import BoundPatch, PatchOptions
+from mechinterp_cli.methods.patch.options import PatchOptions, bind, make_bucket
+from mechinterp_cli.methods.places import Binder, TrialSpec
 from mechinterp_cli.metrics import check_prompts, find_metric
-from mechinterp_cli.models.loaded import LoadedModel
 from mechinterp_cli.report.terminal import strongest
 from mechinterp_cli.runs.tables import chosen_formats
 from mechinterp_cli.stats import Status
@@ -38,38 +37,51 @@ class PatchExperiment(Experiment):
 
     Args:
         setting: Config, model, and the prompts that are kept.
-        bound: The section, checked and expanded into trials.
+        options: The section.
+        bound: Its streams and sources, checked.
+        specs: Its trials.
         logits: Clean logits [prompts, vocab], where a metric needs them.
         noise: Standard deviation of the noise of causal tracing.
     """
 
-    def __init__(self, setting: Setting, bound: BoundPatch, logits: Tensor | None, noise: float | None) -> None:
+    def __init__(
+        self,
+        setting: Setting,
+        options: PatchOptions,
+        bound: Interchange,
+        specs: Sequence[TrialSpec],
+        logits: Tensor | None,
+        noise: float | None,
+    ) -> None:
         super().__init__(setting)
+        self.options = options
         self.bound = bound
+        self.specs = specs
         self.noise = noise
-        self.status = _status(bound, self.prompts)
+        self.status = bound.status(specs)
         self.job = self._job(logits)
 
     def _job(self, logits: Tensor | None) -> Job:
         bound, prompts, model = self.bound, self.prompts, self.model
         members = measuring.split_members(prompts, bound.draws)
-        spread = self.noise or 0.0
-        buckets = [patching.make_bucket(bound, prompts, m, spread, model.anatomy.d_model) for m in members]
-        means = _means(model, prompts, bound, members, buckets, compute=self.setting.compute)
+        spread, d_model = self.noise or 0.0, model.anatomy.d_model
+        buckets = [make_bucket(bound, self.options.tracing, m, spread, d_model) for m in members]
+        sites = {Site(spec.kind, layer) for spec in self.specs for layer in spec.layers}
+        means = bound.means_of(model, sites, members, compute=self.setting.compute)
         metrics = measuring.Metrics.of(self.loaded.config.metrics, prompts, logits, model)
         return Job(
-            trials=len(bound.specs),
+            trials=len(self.specs),
             prompts=len(prompts.prompts),
             members=members,
-            works=tuple(Work(b, _trials(bound, prompts, m, means)) for m, b in zip(members, buckets, strict=True)),
-            measures=tuple(metrics.on(_per_draw(m, bound.draws)) for m in members),
+            works=tuple(Work(b, bound.trials(self.specs, m, means)) for m, b in zip(members, buckets, strict=True)),
+            measures=tuple(metrics.on(bound.expanded(m)) for m in members),
             metrics=self.loaded.config.metrics,
             draws=bound.draws,
         )
 
     def seeds(self) -> dict[str, int]:
         """Of the choice of other prompts, and of noise."""
-        options = self.bound.options
+        options = self.options
         return {"patch": options.seed} | ({"noise": options.tracing.seed} if options.tracing else {})
 
     def facts(self) -> dict[str, Any]:
@@ -78,7 +90,7 @@ class PatchExperiment(Experiment):
 
     def display(self) -> dict[str, str]:
         """Task, direction and source; what 0 and 1 mean."""
-        options = self.bound.options
+        options = self.options
         direction = "causal tracing" if options.tracing else f"{options.direction}, source {options.source}"
         scales = {
             "denoise": "0: no effect, 1: the clean answer is fully restored.",
@@ -91,10 +103,9 @@ class PatchExperiment(Experiment):
     def compute(self, bench: Bench) -> Tables:
         """Sweep, and put the values into tables."""
         sweep = self._sweep(bench.sweep(self.job))
-        config, options = self.loaded.config, self.bound.options
+        config, bound = self.loaded.config, self.bound
         bench.stage("working out statistics")
-        source = self.bound.source_stream if options.source in ("pair", "other") else options.source
-        rows = tables.trial_rows(self.bound.specs, self.model.anatomy, op=self.bound.operation(), source=source)
+        rows = tables.trial_rows(self.specs, self.model.anatomy, op=bound.operation, source=bound.source_name)
         summary = tables.summary_frame(sweep, config.stats)
         written: dict[str, Any] = {"trials": rows, "baselines": tables.baseline_rows(sweep), "summary": summary}
         if config.output.rows != "summary":
@@ -108,14 +119,14 @@ class PatchExperiment(Experiment):
         base = self.bound.base_stream
         return tables.Sweep(
             self.prompts,
-            self.bound.specs,
+            self.specs,
             self.job.metrics,
             swept.values,
             self.status,
             dict(swept.streams),
             base,
             next((name for name in swept.streams if name != base), None),
-            drawn=self.bound.options.tracing is not None,
+            drawn=self.options.tracing is not None,
         )
 
     def _strongest(self, summary: pd.DataFrame) -> npt.NDArray[np.int64]:
@@ -163,16 +174,27 @@ def prepare(options: PatchOptions, setting: Setting) -> PatchExperiment:
     loaded, model = setting.loaded, setting.model
     metrics = [find_metric(name) for name in loaded.config.metrics]
     check_prompts(metrics, setting.prompts.prompts, setting.prompts.task)
-    bound = patching.bind(loaded, options, model.anatomy, setting.prompts)
+    bound, specs = _lay_out(setting, options, setting.prompts)
     prompts, logits = _select(setting, options)
     if len(prompts.prompts) < len(setting.prompts.prompts):
-        bound = patching.bind(loaded, options, model.anatomy, prompts)
+        bound, specs = _lay_out(setting, options, prompts)
     tracing = options.tracing
     noise = None
     if tracing is not None:
         spread = measuring.embedding_spread(model, prompts, tracing.span) if setting.compute else 1.0
         noise = tracing.scale * spread
-    return PatchExperiment(replace(setting, prompts=prompts), bound, logits, noise)
+    return PatchExperiment(replace(setting, prompts=prompts), options, bound, specs, logits, noise)
+
+
+def _lay_out(setting: Setting, options: PatchOptions, prompts: PromptSet) -> tuple[Interchange, Sequence[TrialSpec]]:
+    """The streams and the trials, checked against model and prompts."""
+    loaded, anatomy = setting.loaded, setting.model.anatomy
+    bound = bind(loaded, options, anatomy, prompts)
+    specs = Binder(loaded, "patch", anatomy, prompts).expand(options.sites)
+    refuse_mean_of_keys(loaded, options, specs)
+    if not specs:
+        raise loaded.error(("patch", "sites"), "there is no trial", "Name at least one site.")
+    return bound, specs
 
 
 def _select(setting: Setting, options: PatchOptions) -> tuple[PromptSet, Tensor | None]:
@@ -192,56 +214,3 @@ def _select(setting: Setting, options: PatchOptions) -> tuple[PromptSet, Tensor 
     if not correct:
         return prompts, logits
     return measuring.keep_correct(prompts, logits, top=options.tracing is not None)
-
-
-def _means(
-    model: LoadedModel,
-    prompts: PromptSet,
-    bound: BoundPatch,
-    members: Sequence[Sequence[int]],
-    buckets: Sequence[Bucket],
-    *,
-    compute: bool,
-) -> Means | None:
-    """Data-set means of the source stream by template and length, for `source: mean`."""
-    if bound.options.source != "mean":
-        return None
-    stream = bound.options.source_stream if bound.has_corrupt else "clean"
-    keys = [(p.template, p.length) for p in prompts.prompts]
-    order = {key: i for i, key in enumerate(dict.fromkeys(keys))}
-    sites = {Site(spec.kind, layer) for spec in bound.specs for layer in spec.layers}
-    if not compute:
-        return Means({site: torch.zeros(len(order), 1, 1) for site in sites}, [order[key] for key in keys])
-    tokens = [bucket.tokens[stream] for bucket in buckets]
-    return group_means(model.model, model.anatomy, sites, tokens, members, [order[key] for key in keys])
-
-
-def _per_draw(members: Sequence[int], draws: int) -> list[int]:
-    return [i for i in members for _ in range(draws)]
-
-
-def _trials(bound: BoundPatch, prompts: PromptSet, members: Sequence[int], means: Means | None) -> tuple[Trial, ...]:
-    """The trials of one bucket; those that are known to do nothing on all of its prompts are left out."""
-    expanded = _per_draw(members, bound.draws)
-    others = None
-    if bound.options.source == "other":
-        others = patching.other_prompts(bound.options.seed, [prompts.prompts[i].template for i in expanded])
-    trials = []
-    for spec in bound.specs:
-        computed = tuple(i for i, prompt in enumerate(expanded) if bound.positions(spec, prompt))
-        if computed:
-            edits = tuple(bound.edit(spec, layer, expanded, means, others) for layer in spec.layers)
-            trials.append(Trial(spec.index, bound.base_stream, edits, computed))
-    return tuple(trials)
-
-
-def _status(bound: BoundPatch, prompts: PromptSet) -> npt.NDArray[np.int8]:
-    status = np.full((len(bound.specs), len(prompts.prompts)), Status.OK, dtype=np.int8)
-    for spec in bound.specs:
-        for prompt in range(len(prompts.prompts)):
-            positions = bound.positions(spec, prompt)
-            if positions is None:
-                status[spec.index, prompt] = Status.ABSENT
-            elif not positions:
-                status[spec.index, prompt] = Status.TRIVIAL
-    return status
