@@ -19,7 +19,7 @@ import torch
 from benchmarks.sweep_clock import PeakMemory
 from mechinterp_cli.cli.registry import register_all
 from mechinterp_cli.config.schema import StatsOptions
-from mechinterp_cli.methods.places import Place, TrialSpec
+from mechinterp_cli.methods.specs import Place, TrialSpec
 from mechinterp_cli.methods.tables import Sweep, result_columns
 from mechinterp_cli.runs.schema import validate
 from mechinterp_cli.runs.tables import write_csv, write_parquet

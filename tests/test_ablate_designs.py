@@ -15,7 +15,7 @@ from mechinterp_cli.methods.ablate.experiment import AblateExperiment
 from mechinterp_cli.methods.ablate.optimal import fit_trials
 from mechinterp_cli.methods.ablate.units import Merged, Part, merge
 from mechinterp_cli.methods.ablate.values import values_of
-from mechinterp_cli.methods.places import Place
+from mechinterp_cli.methods.specs import Place
 from mechinterp_cli.models.loaded import LoadedModel
 from mechinterp_cli.models.planted import HEADS, INDUCTION_HEAD, LAYERS, PREVIOUS_TOKEN_HEAD
 from tests.ablate_plain import ByHand, Stand, answer_metrics, experiment_of, folder_of, names_in, token_metrics

@@ -20,7 +20,7 @@ from mechinterp_cli.methods.ablate.rows import Held
 from mechinterp_cli.methods.ablate.units import Merged, Part
 from mechinterp_cli.methods.ablate.values import OTHER, Optimal, Values, values_of
 from mechinterp_cli.methods.experiment import Setting
-from mechinterp_cli.methods.places import Place
+from mechinterp_cli.methods.specs import Place
 from mechinterp_cli.models.checkpoints import Moment
 from mechinterp_cli.models.loaded import LoadedModel
 from mechinterp_cli.runs.outcome import SilentProgress

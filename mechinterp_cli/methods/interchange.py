@@ -19,7 +19,7 @@ from mechinterp_cli.config.types import Seed
 from mechinterp_cli.engine.capture import Means, group_means
 from mechinterp_cli.engine.edits import Edit, Site, Trial
 from mechinterp_cli.errors import UserError
-from mechinterp_cli.methods.places import TrialSpec
+from mechinterp_cli.methods.specs import TrialSpec
 from mechinterp_cli.models.anatomy import Anatomy
 from mechinterp_cli.models.loaded import LoadedModel
 from mechinterp_cli.stats import Status

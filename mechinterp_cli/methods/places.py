@@ -1,7 +1,6 @@
 """Where in the network a trial acts: from a site block of the config to one spec per trial."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -10,6 +9,7 @@ from mechinterp_cli.config.base import BaseConfig
 from mechinterp_cli.config.loader import LoadedConfig
 from mechinterp_cli.config.types import Count, Index, Text
 from mechinterp_cli.errors import UserError
+from mechinterp_cli.methods.specs import Grid, Place, TrialSpec
 from mechinterp_cli.models.anatomy import Anatomy
 from mechinterp_cli.models.kinds import HEAD_KINDS, KEY_KINDS, NEURON_KINDS
 from mechinterp_cli.tasks.prompts import PromptSet
@@ -63,92 +63,6 @@ class SiteBlock(BaseConfig):
     """For scores and pattern: the key positions or spans that are edited."""
 
 
-@dataclass(frozen=True)
-class Place:
-    """Positions of a trial in every prompt; None where the trial does not apply to the prompt."""
-
-    positions: tuple[tuple[int, ...] | None, ...]
-    position: int | None = None
-    span: str | None = None
-    template: str | None = None
-
-
-@dataclass(frozen=True)
-class TrialSpec:
-    """One trial before it is brought to a bucket."""
-
-    index: int
-    block: int
-    kind: str
-    layer: int
-    """The layer it is reported under: the centre of a window."""
-    layers: tuple[int, ...]
-    units: tuple[int, ...] | None
-    place: Place
-    keys: Place | None
-
-    @property
-    def unit(self) -> int | None:
-        """The head or neuron, where it is a single one."""
-        return self.units[0] if self.units is not None and len(self.units) == 1 else None
-
-    @property
-    def head(self) -> int | None:
-        """The head it is reported under (a key/value head for `k` and `v`)."""
-        return self.unit if self.kind in HEAD_KINDS + KEY_KINDS else None
-
-    @property
-    def by_kv_head(self) -> bool:
-        """Whether its heads are key/value heads."""
-        return self.kind in ("k", "v")
-
-    @property
-    def neuron(self) -> int | None:
-        """The neuron it is reported under."""
-        return self.unit if self.kind in NEURON_KINDS else None
-
-    @property
-    def enters_first_layer(self) -> bool:
-        """Whether it edits nothing but what enters layer 0."""
-        return self.kind in ("embed", "resid_pre") and self.layers == (0,)
-
-    @property
-    def family(self) -> str:
-        """Trials of one site block are corrected together."""
-        return f"{self.kind} block {self.block}"
-
-    def columns(self) -> dict[str, int | str | None]:
-        """Where it acts, for tables."""
-        return {
-            "label": self.label,
-            "site": self.kind,
-            "layer": self.layer,
-            "head": None if self.by_kv_head else self.head,
-            "kv_head": self.head if self.by_kv_head else None,
-            "neuron": self.neuron,
-            "position": self.place.position,
-            "span": self.place.span,
-            "template": self.place.template,
-            "block": self.block,
-        }
-
-    @property
-    def label(self) -> str:
-        """The trial in words: `z, layer 9, head 4, position 13`."""
-        parts = [self.kind, f"layer {self.layer}"]
-        if len(self.layers) > 1:
-            parts[1] = f"layers {self.layers[0]} to {self.layers[-1]}"
-        if self.units is not None:
-            noun = "neuron" if self.kind in NEURON_KINDS else "head"
-            listed = "+".join(map(str, self.units))
-            parts.append(f"{noun}{'s' if len(self.units) > 1 else ''} {listed}")
-        if self.place.span is not None:
-            parts.append(self.place.span)
-        if self.place.position is not None:
-            parts.append(f"position {self.place.position}")
-        return ", ".join(parts)
-
-
 class Binder:
     """Brings layers, heads, neurons and positions of a config to a model and a prompt set, before any forward pass.
 
@@ -171,18 +85,26 @@ class Binder:
         """One spec per trial, in the order block, layer, unit, position.
 
         Raises:
-            UserError: A layer, head, neuron, position or span that is not there; names the key.
+            UserError: As `grids`.
         """
         specs: list[TrialSpec] = []
+        for grid in self.grids(blocks):
+            specs += [grid.spec(at, len(specs) + at) for at in range(len(grid))]
+        return specs
+
+    def grids(self, blocks: Sequence[SiteBlock]) -> Iterator[Grid]:
+        """The trials by block and layer.
+
+        Raises:
+            UserError: A layer, head, neuron, position or span that is not there; names the key.
+        """
         for number, block in enumerate(blocks):
             path: KeyPath = (self.section, "sites", number)
-            places = list(self.places(block.positions, path))
+            places = tuple(self.places(block.positions, path))
             keys = self._keys(block, path)
             for layer, layers in self.layers((block.kind,), block.layers, path, block.kind):
-                for units in self._units(block, layers, path):
-                    for place in places:
-                        specs.append(TrialSpec(len(specs), number, block.kind, layer, layers, units, place, keys))
-        return specs
+                units = tuple(self._units(block, layers, path))
+                yield Grid(number, block.kind, layer, layers, units, places, keys)
 
     def _fail(self, path: KeyPath, problem: str, remedy: str = "") -> UserError:
         return self.loaded.error(path, problem, remedy)

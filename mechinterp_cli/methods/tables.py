@@ -10,7 +10,7 @@ import pandas as pd
 import pyarrow as pa
 
 from mechinterp_cli.config.schema import StatsOptions as StatsSection
-from mechinterp_cli.methods.places import TrialSpec
+from mechinterp_cli.methods.specs import TrialSpec
 from mechinterp_cli.metrics import METRICS
 from mechinterp_cli.models.anatomy import Anatomy
 from mechinterp_cli.stats import Observations, StatsOptions, Status, observe, summarise

@@ -20,7 +20,8 @@ from mechinterp_cli.methods.ablate.directions import Direction, read_directions
 from mechinterp_cli.methods.ablate.options import UnitBlock, UnitKind
 from mechinterp_cli.methods.ablate.overlap import overlapping
 from mechinterp_cli.methods.ablate.units import Part, Unit
-from mechinterp_cli.methods.places import Binder, KeyPath, LayerWindow, Place
+from mechinterp_cli.methods.places import Binder, KeyPath, LayerWindow
+from mechinterp_cli.methods.specs import Place
 from mechinterp_cli.models.anatomy import Anatomy
 from mechinterp_cli.tasks.prompts import PromptSet
 

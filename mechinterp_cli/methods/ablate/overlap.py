@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from mechinterp_cli.methods.ablate.units import Part, Unit
-from mechinterp_cli.methods.places import Place
+from mechinterp_cli.methods.specs import Place
 
 _BLOCK = {"scores": "attention", "z": "attention", "attn_out": "attention", "neuron": "mlp", "mlp_out": "mlp"}
 _ORDER = ("scores", "z", "attn_out", "neuron", "mlp_out")

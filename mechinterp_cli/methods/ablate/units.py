@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from mechinterp_cli.methods.ablate.options import UnitKind
-from mechinterp_cli.methods.places import Place
+from mechinterp_cli.methods.specs import Place
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,8 @@ from mechinterp_cli.methods.experiment import Experiment, Setting, Tables, prepa
 from mechinterp_cli.methods.interchange import Interchange, refuse_mean_of_keys
 from mechinterp_cli.methods.job import Job, Swept
 from mechinterp_cli.methods.patch.options import PatchOptions, bind, make_bucket
-from mechinterp_cli.methods.places import Binder, TrialSpec
+from mechinterp_cli.methods.places import Binder
+from mechinterp_cli.methods.specs import TrialSpec
 from mechinterp_cli.metrics import check_prompts, find_metric
 from mechinterp_cli.report.terminal import strongest
 from mechinterp_cli.runs.tables import chosen_formats
