@@ -100,22 +100,10 @@ class Tail:
         with (
             stubs(self._layers[: self.layer], self._resume(bucket, prompts)),
             visiting(self.model, self.anatomy, wanted or {}, visit),
-            self._contiguous_head(),
+            contiguous_head(self.model),
         ):
             logits = forward(self.model, tokens, last_only=last_only)
         return logits if last_only else logits[torch.arange(len(tokens), device=self.device)[:, None], read]
-
-    def _contiguous_head(self) -> AbstractContextManager[None]:
-        """The head on contiguous states: PyTorch multiplies a slice of them prompt by prompt, tens of times slower."""
-        find = getattr(self.model, "get_output_embeddings", lambda: None)
-        head: nn.Module | None = find()
-        if head is None:
-            return nullcontext()
-
-        def hook(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            return tuple(x.contiguous() if isinstance(x, Tensor) else x for x in args)
-
-        return hooked([head.register_forward_pre_hook(hook)])
 
     def _resume(self, bucket: int, prompts: Tensor) -> Callable[[int, LayerCall], Any]:
         """Stands in for the layers below: each gives out what enters the first layer that is computed."""
@@ -125,3 +113,16 @@ class Tail:
             return hidden if size == 0 else (hidden, *(None,) * (size - 1))
 
         return replacement
+
+
+def contiguous_head(model: nn.Module) -> AbstractContextManager[None]:
+    """The head on contiguous states: PyTorch multiplies a slice of them prompt by prompt, tens of times slower."""
+    find = getattr(model, "get_output_embeddings", lambda: None)
+    head: nn.Module | None = find()
+    if head is None:
+        return nullcontext()
+
+    def hook(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(x.contiguous() if isinstance(x, Tensor) else x for x in args)
+
+    return hooked([head.register_forward_pre_hook(hook)])
