@@ -111,11 +111,14 @@ def test_cells_without_a_number_are_grey_and_zero_is_not() -> None:
     heatmap = build([*rows, {"layer": 1, "position": 0, "normalized": 0.5}])
     assert heatmap.states == ("trivial", "undefined", "nan", "absent")
     spec = spec_of(heatmap)
-    known, odd = spec["concat"][0]["layer"]
+    known, odd, hatch = spec["concat"][0]["layer"]
     cells = {layer: spec["datasets"][part["data"]["name"]] for layer, part in (("known", known), ("odd", odd))}
     assert [cell["value"] for cell in cells["known"]] == [0.0, 0.0, 0.5]
     assert odd["encoding"]["color"]["scale"]["range"] == list(STATE_COLOURS.values())
-    assert len({cell["kind"] for cell in cells["odd"]}) == 3
+    assert len({cell["kind"] for cell in cells["odd"]}) == 4
+    # Cells that nobody computed are crossed out, and no others.
+    crossed = spec["datasets"][hatch["data"]["name"]]
+    assert len(crossed) == len(states) - 1 == sum(cell["state"] == "absent" for cell in cells["odd"])
     assert "#ffffff" not in STATE_COLOURS.values()
     plain = build(positions())
     assert plain.states == ()

@@ -7,7 +7,7 @@ from typing import Any
 import pandas as pd
 from rich.console import Group
 
-from mechinterp_cli.report.causal import causal_curves, causal_sentences, causal_tables
+from mechinterp_cli.report.causal import causal_curves, causal_sentences, causal_tables, unit_of
 from mechinterp_cli.report.cells import figure, missing, number, text
 from mechinterp_cli.report.checkpoints import Checkpoints, checkpoints_of
 from mechinterp_cli.report.circuits import circuit_dots, circuit_tables
@@ -21,7 +21,7 @@ from mechinterp_cli.report.shapes import Curves, Dots, Picture
 from mechinterp_cli.report.tables import line
 from mechinterp_cli.report.terminal import terminal_heatmap
 from mechinterp_cli.report.training import trial_curves
-from mechinterp_cli.report.trials import Trials, called, trials_of, trials_table
+from mechinterp_cli.report.trials import Judged, Trials, called, trials_of, trials_table
 from mechinterp_cli.report.words import word_tables
 from mechinterp_cli.runs.manifest import Manifest
 
@@ -113,13 +113,15 @@ class AblateView:
         """What rich prints: the first map, the strongest trials, and the tables of the design."""
         if self.maps:
             yield terminal_heatmap(self.maps[0][1], width=width, plain=plain)
+            more = len(self.maps) - 1
+            yield from [line(f"the first of {more + 1} maps; the report has all", plain, "dim")] if more else []
         told = trials_table(self.trials, self.baseline, count=self.count, width=width, plain=plain)
         yield from [told] if told is not None else []
         ranked = _ranked(self._first(self.curve))
         yield from causal_tables(ranked, width=width, plain=plain, noun=self.noun)
         if sentences := causal_sentences(ranked, pd.DataFrame(), noun=self.noun):
             yield Group(*[line(sentence, plain) for sentence in sentences])
-        yield from circuit_tables(self.circuits, width=width, plain=plain)
+        yield from circuit_tables(self.circuits, self.trials.sets, width=width, plain=plain)
         pairs = interaction_table(self.interactions, count=10, width=width, plain=plain)
         yield from [pairs] if pairs is not None else []
         yield from contrast_tables(self.contrasts, count=self.count, width=width, plain=plain)
@@ -157,6 +159,7 @@ def ablate_view(manifest: Manifest, tables: Mapping[str, pd.DataFrame]) -> Ablat
     checkpoints = checkpoints_of(summary)
     metrics = [str(name) for name in config.get("metrics") or ()]
     everywhere = trials_of(summary, metrics, first_tokens(prompts))
+    everywhere = replace(everywhere, sets=_sets(manifest), judged=_judged(manifest, everywhere.quantity))
     trials = replace(everywhere, rows=checkpoints.last(everywhere.rows))
 
     def last(name: str) -> pd.DataFrame:
@@ -198,6 +201,20 @@ def _by_group(summary: pd.DataFrame, metric: str) -> pd.DataFrame:
     """Effects in the metric's own unit, of single groups."""
     rows = without(having(summary, metric=metric, aggregate="mean"), "ranking")
     return rows[(rows["group"].notna() & (rows["group"] != "all")).fillna(False).to_numpy(dtype=bool)]
+
+
+def _sets(manifest: Manifest) -> dict[str, list[str]]:
+    """The config's named sets."""
+    named = (manifest.config.get("ablate") or {}).get("sets") or {}
+    return {str(name): [str(unit) for unit in units] for name, units in named.items()}
+
+
+def _judged(manifest: Manifest, quantity: str) -> Judged:
+    """What the summary's verdicts are read off: a share where effects are shares."""
+    stats, section = manifest.config.get("stats") or {}, manifest.config.get("ablate") or {}
+    margin = stats.get("smallest_effect") if quantity == "normalized" else section.get("margin")
+    level = stats.get("ci")
+    return Judged(margin=text(margin), interval="" if missing(level) else f"{100 * number(level):g}")
 
 
 def _blocks(manifest: Manifest) -> list[dict[str, Any]]:
@@ -255,13 +272,18 @@ def _maps(
             block = int(str(number_of))
             of = blocks[block] if block < len(blocks) else {"kind": str(part["site"].iloc[0])}
             kind = str(of["kind"])
-            title = f"{_block_name(of)}, {ablation} ablation, {about[0]}"
-            made = build_heatmap(part, replace(spec, title=title, normalization=_caption(spec, part)))
-            yield f"{block:02d}-{kind}-{ablation}-{trials.metric}", made
+            task = about[0].replace(", ablation, single", "")
+            title = f"{_block_name(of)}, {ablation} ablation, {task}"
+            made = build_heatmap(part, replace(spec, title=title, normalization=_caption(spec, part, of)))
+            unit = unit_of(trials.metric).removeprefix(trials.metric) if trials.quantity == "effect" else ""
+            yield f"{block:02d}-{kind}-{ablation}-{trials.metric}", replace(made, quantity=f"{made.quantity}{unit}")
 
 
-def _caption(spec: HeatmapSpec, part: pd.DataFrame) -> str:
-    """What 0 and 1 mean; and that units share a cell, where some do."""
+def _caption(spec: HeatmapSpec, part: pd.DataFrame, block: Mapping[str, Any]) -> str:
+    """What 0 and 1 mean; that a row is a window of layers; and that units share a cell, where some do."""
+    layers = block.get("layers")
+    wide = layers.get("window") if isinstance(layers, Mapping) else None
+    window = f"Each row is a window of {wide} layers, by its centre." if wide else ""
     columns = [name for name in ("layer", "head", "kv_head", "neuron", "span", "position", "template") if name in part]
-    shared = part.duplicated(columns).any()
-    return " ".join(filter(None, (spec.normalization, "Each cell is the strongest that it holds." if shared else "")))
+    shared = "Each cell is the strongest that it holds." if part.duplicated(columns).any() else ""
+    return " ".join(filter(None, (spec.normalization, window, shared)))

@@ -16,6 +16,8 @@ VERDICT_DRAWS = 199
 """Where fewer random sets are asked for there is a band, but no p-value and no verdict."""
 LOSSES = ("loss", "repeated_loss", "first_loss", "loss_gap")
 """What a model loses raises these."""
+MAX_NAMED = 8
+"""More heads are told by their number in a sentence."""
 _COLUMNS = {
     "k": Column(),
     "effect": Column(),
@@ -190,7 +192,7 @@ def _standing(row: Row) -> tuple[bool, float, float]:
 
 def _group(row: Row, ablation: str, noun: str) -> str:
     metric, draws = text(row["metric"]), int(number(row["draws"])) if text(row["draws"]) else 0
-    words = f"without {text(row['heads'])} ({ablation}) {metric} changes by {figure(row['effect'], sign=True)}"
+    words = f"without {_group_name(row, noun)} ({ablation}) {metric} changes by {figure(row['effect'], sign=True)}"
     words += f" {interval(row['ci_low'], row['ci_high'])}".rstrip()
     if draws and text(row["random_effect"]):
         words += f", without as many random {noun} by {figure(row['random_effect'], sign=True)}"
@@ -199,6 +201,12 @@ def _group(row: Row, ablation: str, noun: str) -> str:
         verdict = f"{text(row['verdict'])}, p = {p}" if p else f"no verdict below {VERDICT_DRAWS} draws"
         words += f" ({draws} random {'set' if draws == 1 else 'sets'}: {verdict})"
     return words
+
+
+def _group_name(row: Row, noun: str) -> str:
+    """The heads by name, or how many of the strongest where they are many: the table has their names."""
+    k = int(number(row["k"]))
+    return text(row["heads"]) if k <= MAX_NAMED else f"the {k} strongest {noun}"
 
 
 def _alone(single: pd.DataFrame, score: str, ablation: str, ranked: Sequence[Row]) -> str:

@@ -1,6 +1,6 @@
 """Named sets kept or removed: how much of the behaviour a set alone has, and how much is left without it."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import pandas as pd
 from rich.console import Group
@@ -10,6 +10,7 @@ from mechinterp_cli.report.cells import figure, interval, number, text
 from mechinterp_cli.report.rows import Row, distinct, having, records
 from mechinterp_cli.report.shapes import Dot, DotPanel, Dots
 from mechinterp_cli.report.tables import Column, text_table
+from mechinterp_cli.report.trials import members_text
 
 SHARES = ("faithfulness", "completeness")
 BRIEF = 72
@@ -19,11 +20,12 @@ MAX_SETS = 40
 _COLUMNS = {
     "set": Column(left=True, broken=True),
     "size": Column(3),
-    "alone": Column(4),
-    "without": Column(4),
+    "alone": Column(5, together=True),
+    "without": Column(5, together=True),
     "faithfulness": Column(),
     "completeness": Column(1),
     "n": Column(6),
+    "units": Column(4, left=True),
 }
 
 
@@ -54,7 +56,7 @@ def circuit_dots(rows: pd.DataFrame, about: Sequence[str]) -> Dots | None:
             for row in part
             for share in SHARES
         ]
-        share = "share of full minus empty"
+        share = "0: as with everything ablated, 1: as unedited"
         panels.append(DotPanel(title=f"{ablation} ablation", x_title=share, dots=tuple(dots), references=(0.0, 1.0)))
     left = len(sets) - MAX_SETS
     caption = "Faithfulness: what the set alone has. Completeness 1: without the set nothing is left."
@@ -66,11 +68,14 @@ def circuit_dots(rows: pd.DataFrame, about: Sequence[str]) -> Dots | None:
     )
 
 
-def circuit_tables(rows: pd.DataFrame, *, width: int, plain: bool) -> Iterator[Group]:
+def circuit_tables(
+    rows: pd.DataFrame, sets: Mapping[str, Sequence[str]], *, width: int, plain: bool
+) -> Iterator[Group]:
     """One table per ablation: what a set alone has, and what is left without it.
 
     Args:
         rows: The circuits table's rows of one metric and checkpoint.
+        sets: Names of the units in each set.
         width: Columns of the terminal.
         plain: ASCII only, no colour.
     """
@@ -86,11 +91,12 @@ def circuit_tables(rows: pd.DataFrame, *, width: int, plain: bool) -> Iterator[G
                 "without": figure(row["without"]),
                 **{share: _share(row, share, brief=width < BRIEF) for share in SHARES},
                 "n": text(row["n"]),
+                "units": members_text(sets[text(row["set"])]) if text(row["set"]) in sets else "",
             }
             for row in part
         ]
         lines = (": ".join(filter(None, (f"sets, {ablation} ablation: {metric}", ", ".join(ends)))),)
-        yield text_table(cells, _COLUMNS, lines=lines, width=width, plain=plain)
+        yield text_table(cells, _COLUMNS, lines=lines, width=width, plain=plain, notes=_NOTES)
 
 
 def _share(row: Row, share: str, *, brief: bool) -> str:
@@ -98,4 +104,5 @@ def _share(row: Row, share: str, *, brief: bool) -> str:
     return f"{figure(row[share])}{ends}".rstrip() if figure(row[share]) else "undefined"
 
 
+_NOTES = {"alone": "all but the set ablated", "without": "the set ablated"}
 _ENDS = {"full": "unedited", "empty": "with everything ablated"}

@@ -1,7 +1,7 @@
 """Two groups of prompts: whether a trial's effect is another in one than in the other."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -11,7 +11,7 @@ from mechinterp_cli.report.cells import figure, interval, missing, number, proba
 from mechinterp_cli.report.rows import Row, distinct, having, records
 from mechinterp_cli.report.shapes import Dot, DotPanel, Dots
 from mechinterp_cli.report.tables import Column, line, text_table
-from mechinterp_cli.report.trials import Trials, key_of
+from mechinterp_cli.report.trials import ALONE, Trials, key_of, verdict_of
 
 SENTENCES = 5
 """Trials whose verdict is told in words: the strongest of each block of units, or sets. The table has the others."""
@@ -61,6 +61,11 @@ class Contrasts:
             first.setdefault(key_of(row) if missing(block) else (text(row["ablation"]), block, "block"), row)
         return list(first.values())[:SENTENCES]
 
+    def corrected(self, row: Row) -> int:
+        """How many trials a row's p is corrected over."""
+        alike = {name: text(row[name]) for name in ("group_a", "group_b", "ablation")}
+        return len(having(self.rows, **alike))
+
     def name(self, row: Row) -> str:
         """What a trial is called."""
         several = len(distinct(self.rows, "ablation")) > 1
@@ -102,6 +107,9 @@ def contrast_dots(contrasts: Contrasts, about: Sequence[str], *, count: int) -> 
         left = len(having(contrasts.rows, group_a=a, group_b=b)) - len(rows)
         more = f"The {len(rows)} trials with the largest effects; {left} more are in the table." if left > 0 else ""
         effect = f"effect on {contrasts.trials.unit}"
+        # Of normalised runs the summary has intervals of shares, not of these numbers.
+        barred = any(np.isfinite(dot.low) for dot in effects)
+        more = " ".join(filter(None, (more, "" if barred else "Bars are intervals; effects in one group have none.")))
         yield (
             f"contrasts-{at + 1}" if len(contrasts.pairs) > 1 else "contrasts",
             Dots(
@@ -109,7 +117,7 @@ def contrast_dots(contrasts: Contrasts, about: Sequence[str], *, count: int) -> 
                 lines=tuple(filter(None, (", ".join(filter(None, about)), more))),
                 panels=(
                     DotPanel(title="", x_title=effect, dots=tuple(effects)),
-                    DotPanel(title="", x_title=f"difference, {a} - {b}", dots=tuple(differences)),
+                    DotPanel(title="", x_title=f"{a} - {b}, {contrasts.trials.unit}", dots=tuple(differences)),
                 ),
                 one_axis=True,
             ),
@@ -145,17 +153,20 @@ def contrast_tables(contrasts: Contrasts, *, count: int, width: int, plain: bool
         names = dict(zip(_COLUMNS, ("#", "ablated", f"in {a}", f"in {b}", *list(_COLUMNS)[4:]), strict=True))
         cells = [{names[key]: cell for key, cell in _cells(contrasts, row, at).items()} for at, row in enumerate(rows)]
         columns = {names[key]: look for key, look in _COLUMNS.items()}
-        yield text_table(cells, columns, lines=(title,), width=width, plain=plain)
+        judged = replace(contrasts.trials.judged, margin=contrasts.margin)
+        told = judged.notes(f"all {contrasts.corrected(rows[0])} trials")
+        notes = {names[key]: words for key, words in told.items()}
+        yield text_table(cells, columns, lines=(title,), width=width, plain=plain, notes=notes)
         yield Group(*[line(sentence(contrasts, row), plain) for row in contrasts.leading(a, b)])
 
 
 _COLUMNS = {
     "#": Column(6),
     "ablated": Column(left=True, broken=True),
-    "a": Column(3),
-    "b": Column(3),
+    "a": Column(2, together=True),
+    "b": Column(2, together=True),
     "difference": Column(),
-    "interval": Column(2),
+    "interval": Column(3),
     "p adj.": Column(4),
     "n": Column(5),
     "verdict": Column(1, left=True),
@@ -173,7 +184,7 @@ def _cells(contrasts: Contrasts, row: Row, at: int) -> dict[str, str]:
         "interval": interval(row["ci_low"], row["ci_high"]),
         "p adj.": probability(row["p_adjusted"]),
         "n": "+".join(filter(None, counts)),
-        "verdict": text(row["verdict"]),
+        "verdict": verdict_of(row),
     }
 
 
@@ -190,7 +201,11 @@ def sentence(contrasts: Contrasts, row: Row) -> str:
     answer = text(row["verdict"]) or "no verdict"
     if text(row["verdict"]) == "no" and contrasts.margin:
         answer += f" within {contrasts.margin}"
+    if answer == "yes" and verdict_of(row) == ALONE:
+        answer = "yes for this trial alone"
     difference = f"difference {figure(row['difference'], sign=True)} {interval(row['ci_low'], row['ci_high'])}".rstrip()
     if missing(row["difference"]):
         difference = "the difference is not defined"
-    return f"{question}? {answer}: {difference}"
+    known = probability(row["p_adjusted"])
+    corrected = f"; p = {known}, corrected over all {contrasts.corrected(row)} trials" if known else ""
+    return f"{question}? {answer}: {difference}{corrected}"

@@ -19,6 +19,8 @@ MAX_MARKS = 60
 """A line of more points is drawn without marks at them, which would hide it."""
 LABEL_PIXELS = 40
 """Room that the label of a number on the x axis takes."""
+SHORT_LABEL_PIXELS = 24
+"""The same where all are whole numbers below 1,000."""
 WIDE = 20
 """From this ratio of the largest to the smallest positive x on, the axis is logarithmic (around 0: linear)."""
 
@@ -41,7 +43,7 @@ def chart(curves: Curves) -> Chart:
 
 
 def _panel(curves: Curves, index: int, across: int) -> alt.LayerChart:
-    panel, stacked = curves.panels[index], across == 1
+    panel, stacked = curves.panels[index], across == 1 and len(curves.panels) > 1
     with_legend = not curves.one_legend or index == min(across, len(curves.panels)) - 1
     bottom = not stacked or index == len(curves.panels) - 1
     x = _x_axis(curves, labels=bottom)
@@ -76,10 +78,11 @@ def _bands(panel: CurvePanel, x: alt.X, y: alt.Y, colour: alt.Color) -> list[alt
         (areas if len(rows) > 1 else bars).extend(rows)
     marks = []
     if areas:
-        area = alt.Chart(inline(areas)).mark_area(opacity=0.2, line=False)
+        area = alt.Chart(inline(areas)).mark_area(opacity=0.2, line=False, clip=True)
         marks.append(area.encode(x, y, alt.Y2("high"), colour, detail="name:N"))
     if bars:
-        marks.append(alt.Chart(inline(bars)).mark_rule(strokeWidth=6, opacity=0.3).encode(x, y, alt.Y2("high"), colour))
+        rule = alt.Chart(inline(bars)).mark_rule(strokeWidth=6, opacity=0.3, clip=True)
+        marks.append(rule.encode(x, y, alt.Y2("high"), colour))
     return marks
 
 
@@ -167,9 +170,12 @@ def _ticks(numbers: Sequence[float], kind: str, constant: float, width: int) -> 
     first, last = (_along(end, kind, constant) for end in _x_domain(numbers, kind))
     kept: list[float] = []
     at = math.inf
+    # Whole numbers below 1,000 are written as they are.
+    short = all(x == int(x) and 0 <= x < 1000 for x in numbers)
+    room = SHORT_LABEL_PIXELS if short else LABEL_PIXELS
     for x in reversed(numbers):
         place = (_along(x, kind, constant) - first) / (last - first) * width
-        if at - place >= LABEL_PIXELS:
+        if at - place >= room:
             kept.append(x)
             at = place
     return kept[::-1]

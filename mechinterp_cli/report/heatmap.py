@@ -9,8 +9,10 @@ import altair as alt
 from mechinterp_cli.report.grid import ColourScale, Heatmap, Panel
 from mechinterp_cli.report.picture import COLOURS, PICTURE_WIDTH, Drawing, head_lines
 
-STATE_COLOURS = {"trivial": "#e3e3e3", "undefined": "#8a8a8a", "nan": "#000000"}
-STATE_NAMES = {"trivial": "exactly 0 (trivial)", "undefined": "undefined", "nan": "NaN"}
+STATE_COLOURS = {"trivial": "#e3e3e3", "undefined": "#8a8a8a", "nan": "#000000", "absent": "#efefef"}
+STATE_NAMES = {"trivial": "exactly 0 (trivial)", "undefined": "undefined", "nan": "NaN", "absent": "not computed"}
+"""Cells without a number: white would be a number, 0."""
+HATCH = "#a0a0a0"
 
 CELL_WIDTH, CELL_HEIGHT = 30, 14
 MAX_COLUMN_LABELS = 64
@@ -80,11 +82,24 @@ def _panel_chart(heatmap: Heatmap, panel: Panel, *, with_legend: bool) -> alt.La
     layers = [alt.Chart(known).mark_rect().encode(x, y, _value_colour(heatmap, with_legend))]
     if any(state in STATE_COLOURS for state in heatmap.states):
         layers.append(alt.Chart(odd).mark_rect().encode(x, y, _state_colour(heatmap, with_legend)))
+        layers += _hatch(panel, cells, x, y)
     layered = alt.layer(*layers).resolve_scale(color="independent")
     drawn: alt.LayerChart = layered.properties(
         width=_panel_width(panel), height=_panel_height(panel), title=panel.title
     )
     return drawn
+
+
+def _hatch(panel: Panel, cells: list[dict[str, Any]], x: alt.X, y: alt.Y) -> list[alt.Chart]:
+    """A stroke across every cell that was not computed, where cells are large enough."""
+    absent = [cell for cell in cells if cell["state"] == "absent"]
+    if not absent or _panel_width(panel) < 8 * len(panel.columns):
+        return []
+    lines = alt.Chart(alt.InlineData(values=absent)).mark_rule(color=HATCH, strokeWidth=1)
+    left, bottom = x.copy(), y.copy()
+    left["bandPosition"], bottom["bandPosition"] = 0, 1
+    drawn: alt.Chart = lines.encode(left, alt.X2("column", bandPosition=1), bottom, alt.Y2("layer", bandPosition=0))
+    return [drawn]
 
 
 def _rows(panel: Panel) -> alt.Y:

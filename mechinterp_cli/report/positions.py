@@ -1,6 +1,7 @@
 """What is measured along a text: the loss, and its change, at every position, with and without ablations."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -8,7 +9,7 @@ import pandas as pd
 from mechinterp_cli.report.causal import unit_of
 from mechinterp_cli.report.cells import missing, number, text
 from mechinterp_cli.report.rows import Row, chosen_metric, distinct, having, records
-from mechinterp_cli.report.shapes import Curve, CurvePanel, Curves
+from mechinterp_cli.report.shapes import Curve, CurvePanel, Curves, y_range
 from mechinterp_cli.report.trials import Trials, key_of
 
 UNEDITED = "unedited"
@@ -18,6 +19,10 @@ MAX_TEMPLATES = 4
 MAX_POINTS = 256
 """Longer texts are drawn as means over as many stretches."""
 WIDTH = 560
+AGAINST_UNEDITED = ("kl", "top1")
+"""Metrics that compare with the unedited model: their change is what they are, or is 1 less, and is not drawn."""
+REACH = 1.0
+"""Bands are drawn up to so many heights of the lines beyond them."""
 
 
 def position_curves(rows: pd.DataFrame, trials: Trials, about: Sequence[str]) -> Iterator[tuple[str, Curves]]:
@@ -57,15 +62,18 @@ def _picture(rows: pd.DataFrame, metric: str, trials: Trials, lines: Sequence[st
     stretch = -(-max(len(run) for run in runs.values()) // MAX_POINTS)
     names = _distinct({key: trials.called(runs[key][0], several=several) for key in chosen})
     value = [_curve(UNEDITED, runs[None], "value", stretch)] if None in runs else []
-    # The change of the unedited model is nothing; the name keeps every run's colour the same in both panels.
-    change = [Curve(name=UNEDITED, x=(), y=())] if None in runs else []
     value += [_curve(names[key], runs[key], "value", stretch) for key in chosen]
-    change += [_curve(names[key], runs[key], "effect", stretch, band=len(chosen) <= MAX_BANDS) for key in chosen]
     # Panels without a curve have nothing to say.
     panels = [CurvePanel(title="", y_title=unit_of(metric), curves=tuple(value))] if value else []
-    if chosen:
-        panels.append(CurvePanel(title="", y_title=f"change of {metric}", curves=tuple(change)))
-    captions = (*lines, _caption(len(runs) - (None in runs), len(chosen), stretch))
+    beyond = False
+    if chosen and metric not in AGAINST_UNEDITED:
+        # The change of the unedited model is nothing; the name keeps every run's colour the same in both panels.
+        change = [Curve(name=UNEDITED, x=(), y=())] if None in runs else []
+        change += [_curve(names[key], runs[key], "effect", stretch, band=len(chosen) <= MAX_BANDS) for key in chosen]
+        panel, beyond = _within_reach(CurvePanel(title="", y_title=f"change of {metric}", curves=tuple(change)))
+        panels.append(panel)
+    cut = "Intervals go on beyond the axis where they meet it." if beyond else ""
+    captions = (*lines, _caption(len(runs) - (None in runs), len(chosen), stretch), cut)
     return Curves(
         title=f"{metric} by position, with and without ablations",
         lines=tuple(filter(None, captions)),
@@ -76,6 +84,15 @@ def _picture(rows: pd.DataFrame, metric: str, trials: Trials, lines: Sequence[st
         width=WIDTH,
         linear=True,
     )
+
+
+def _within_reach(panel: CurvePanel) -> tuple[CurvePanel, bool]:
+    """A range in which the lines can be read, however wide an interval is; and whether one leaves it."""
+    low, high = y_range([replace(panel, curves=tuple(replace(curve, low=None, high=None) for curve in panel.curves))])
+    whole = y_range([panel])
+    reach = REACH * (high - low)
+    ends = max(whole[0], low - reach), min(whole[1], high + reach)
+    return replace(panel, y_range=ends), ends != whole
 
 
 def _caption(there: int, drawn: int, stretch: int) -> str:

@@ -25,6 +25,8 @@ class Column:
     """Text, to the left."""
     broken: bool = False
     """Whether its cells may be broken into lines."""
+    together: bool = False
+    """Whether the columns of its rank that are so are shown all or none: one alone would mislead."""
 
 
 def text_table(
@@ -34,6 +36,7 @@ def text_table(
     lines: Sequence[str],
     width: int,
     plain: bool,
+    notes: Mapping[str, str] | None = None,
 ) -> Group:
     """A table below its title.
 
@@ -43,6 +46,7 @@ def text_table(
         lines: What stands above: a title, and what it needs.
         width: Columns of the terminal.
         plain: ASCII only, no colour.
+        notes: What columns mean, by name; below the table, of those that are shown.
     """
     shown = [{name: show_text(row.get(name, ""), plain=plain) for name in columns} for row in rows]
     table = Table(box=box.ASCII if plain else box.SIMPLE_HEAD, show_edge=plain)
@@ -53,21 +57,42 @@ def text_table(
         table.add_column(title, justify="left" if look.left else "right", no_wrap=not look.broken, overflow="fold")
     for row in shown:
         table.add_row(*[Text(row[name]) for name in names])
-    return Group(*[line(words, plain, "" if at else "bold") for at, words in enumerate(lines)], table)
+    said = "; ".join(f"{show_text(name)}: {words}" for name, words in (notes or {}).items() if name in names)
+    below = [line(said, plain, "dim")] if said else []
+    return Group(*[line(words, plain, "" if at else "bold") for at, words in enumerate(lines)], table, *below)
 
 
 def _fitting(rows: Sequence[Mapping[str, str]], columns: Mapping[str, Column], width: int) -> list[str]:
     """Names of the columns that there is room for, in their order."""
     filled = [name for name in columns if any(row[name] for row in rows)]
     room, chosen = width - 1, set()
-    for name in sorted(filled, key=lambda name: columns[name].rank):
-        longest = max(cell_len(name), *(cell_len(row[name]) for row in rows))
-        # A border and a blank on either side.
-        needed = 3 + (min(longest, BREAK) if columns[name].broken else longest)
-        if needed <= room or columns[name].rank == 0:
-            chosen.add(name)
+    for block in _blocks(filled, columns):
+        needed = sum(_needed(name, rows, columns[name]) for name in block)
+        if needed <= room or columns[block[0]].rank == 0:
+            chosen.update(block)
             room -= needed
     return [name for name in filled if name in chosen]
+
+
+def _blocks(names: Sequence[str], columns: Mapping[str, Column]) -> list[list[str]]:
+    """Columns by rank, those that come together in one list."""
+    blocks: list[list[str]] = []
+    ranks: dict[int, list[str]] = {}
+    for name in sorted(names, key=lambda name: columns[name].rank):
+        look = columns[name]
+        if look.together and look.rank in ranks:
+            ranks[look.rank].append(name)
+            continue
+        blocks.append([name])
+        if look.together:
+            ranks[look.rank] = blocks[-1]
+    return blocks
+
+
+def _needed(name: str, rows: Sequence[Mapping[str, str]], look: Column) -> int:
+    """Room for a column, with a border and a blank on either side."""
+    longest = max(cell_len(name), *(cell_len(row[name]) for row in rows))
+    return 3 + (min(longest, BREAK) if look.broken else longest)
 
 
 def line(words: str, plain: bool, style: str = "") -> Text:

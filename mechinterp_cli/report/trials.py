@@ -1,7 +1,7 @@
 """Trials of several designs told apart: which count as results, what they are called, and the strongest in a table."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import pandas as pd
@@ -14,8 +14,13 @@ from mechinterp_cli.report.rows import Row, distinct, having, records, without
 from mechinterp_cli.report.tables import Column, text_table
 from mechinterp_cli.report.terminal import describe_place, strongest
 
-TOLD = ("single", "set")
+TOLD = ("single", "set", "keep")
 """Designs whose trials are results by themselves; the others are read beside each other, in tables of their own."""
+SIGNIFICANT = 0.05
+"""A corrected p above this says so beside a verdict of `yes`, which is one trial's own."""
+ALONE = "yes (alone)"
+MEMBERS = 32
+"""Letters that the members of a set take in a table."""
 _COLUMNS = {
     "#": Column(),
     "ablated": Column(left=True, broken=True),
@@ -25,7 +30,56 @@ _COLUMNS = {
     "p adj.": Column(2),
     "n": Column(5),
     "verdict": Column(4, left=True),
+    "set's units": Column(6, left=True),
 }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judged:
+    """What verdicts are read off."""
+
+    margin: str = ""
+    """The smallest effect that matters, as text; empty where nobody said."""
+    interval: str = ""
+    """Of which intervals are shown, in percent; empty where nobody said."""
+
+    def notes(self, corrected: str) -> dict[str, str]:
+        """What a table's columns mean.
+
+        Args:
+            corrected: What p is corrected over.
+        """
+        margin = f" of {self.margin}" if self.margin else ""
+        return {
+            **({"interval": f"{self.interval} %"} if self.interval else {}),
+            "p adj.": f"against 0, corrected over {corrected}",
+            "verdict": f"one trial's own, its 90 % interval against the margin{margin}, not corrected",
+        }
+
+
+def verdict_of(row: Row) -> str:
+    """A verdict; that it is one trial's alone, where the corrected p does not bear it out.
+
+    Args:
+        row: With `verdict` and `p_adjusted`.
+    """
+    corrected = number(row.get("p_adjusted"))
+    return ALONE if text(row.get("verdict")) == "yes" and corrected > SIGNIFICANT else text(row.get("verdict"))
+
+
+def members_text(members: Sequence[str], longest: int = MEMBERS) -> str:
+    """Names of units on one line; how many more there are, where they do not fit.
+
+    Args:
+        members: Names.
+        longest: Letters.
+    """
+    for shown in range(len(members), 0, -1):
+        left = len(members) - shown
+        words = " ".join(members[:shown]) + (f" +{left} more" if left else "")
+        if len(words) <= longest:
+            return words
+    return f"{len(members)} units" if len(members) != 1 else members[0][: longest - 3] + "..."
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +96,9 @@ class Trials:
     """`normalized`, or `effect` where there is nothing to normalise by."""
     tokens: Mapping[str, Sequence[str]]
     """Decoded tokens of each template's first prompt; the one template of a set also under ``""``."""
+    sets: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """Names of the units in each named set."""
+    judged: Judged = Judged()
 
     @property
     def aggregate(self) -> str:
@@ -105,7 +162,21 @@ class Trials:
             row: Of `summary`, or of a table that has trials, too.
             several: Whether what stands in the units' place is named, as there is more than one such value.
         """
-        return called(self.known(row), self.tokens) + (f" ({text(row.get('ablation'))})" if several else "")
+        known = self.known(row)
+        # Beside "all but X" it has to be said which X is.
+        what = "the set " if self.kept and text(known.get("design")) == "set" and text(known.get("set")) else ""
+        return what + called(known, self.tokens) + (f" ({text(row.get('ablation'))})" if several else "")
+
+    @cached_property
+    def kept(self) -> bool:
+        """Whether there are trials that ablate all but a set."""
+        return len(having(self.rows, design="keep")) > 0
+
+    def members(self, row: Row) -> str:
+        """The units of a trial's set, shortened; empty where it has none."""
+        known = self.known(row)
+        named = self.sets.get(text(known.get("set")), ())
+        return members_text(named) if named and text(known.get("design")) in ("set", "keep") else ""
 
 
 def trials_of(
@@ -176,9 +247,13 @@ def trials_table(trials: Trials, baseline: str, *, count: int, width: int, plain
             "interval": interval(row.get("ci_low"), row.get("ci_high")),
             "p adj.": probability(row.get("p_adjusted")),
             "n": text(row.get("n")),
-            "verdict": text(row.get("verdict")),
+            "verdict": verdict_of(row),
+            "set's units": trials.members(row),
         }
         for place, row in enumerate(rows, start=1)
     ]
+    if not cells:
+        return None
     lines = (f"strongest ablations: {trials.measured}" + (f", {baseline} without" if baseline else ""),)
-    return text_table(cells, _COLUMNS, lines=lines, width=width, plain=plain) if cells else None
+    notes = trials.judged.notes("the trials of a design, value and block of units")
+    return text_table(cells, _COLUMNS, lines=lines, width=width, plain=plain, notes=notes)
