@@ -153,33 +153,18 @@ class Metric:
     """Whether more of it means that the model holds the correct answer more firmly."""
     ratio_of_means_only: bool = False
     """Single prompts' denominators are often 0, so the mean of ratios is refused."""
+    differentiable: bool = True
+    """Whether it has a gradient; a count has none."""
 
 
 METRICS: dict[str, Metric] = {}
 
 
-def _metric(
-    label: str,
-    *,
-    needs_answer: bool = True,
-    needs_wrong: bool = False,
-    needs_reference: bool = False,
-    higher_is_better: bool = True,
-    ratio_of_means_only: bool = False,
-) -> Callable[[MetricFunction], MetricFunction]:
-    """Registers a function under its own name."""
+def _metric(label: str, **facts: bool) -> Callable[[MetricFunction], MetricFunction]:
+    """Registers a function under its own name; `facts` are fields of `Metric`."""
 
     def register(function: MetricFunction) -> MetricFunction:
-        METRICS[function.__name__] = Metric(
-            function.__name__,
-            function,
-            label,
-            needs_answer,
-            needs_wrong,
-            needs_reference,
-            higher_is_better,
-            ratio_of_means_only,
-        )
+        METRICS[function.__name__] = Metric(function.__name__, function, label, **facts)
         return function
 
     return register
@@ -217,7 +202,7 @@ def logprob(readout: Readout) -> Float[Tensor, " items"]:
     return readout.answer - readout.log_partition
 
 
-@_metric("rank (0 is the top)", higher_is_better=False, ratio_of_means_only=True)
+@_metric("rank (0 is the top)", higher_is_better=False, ratio_of_means_only=True, differentiable=False)
 def rank(readout: Readout) -> Float[Tensor, " items"]:
     """Number of tokens whose logit is strictly higher than the answer's best; 0 is the top.
 
@@ -242,7 +227,7 @@ def kl(readout: Readout) -> Float[Tensor, " items"]:
     return reference.expected_drop(readout.logits, index) + readout.log_partition - reference.log_partition[index]
 
 
-@_metric("accuracy", ratio_of_means_only=True)
+@_metric("accuracy", ratio_of_means_only=True, differentiable=False)
 def accuracy(readout: Readout) -> Float[Tensor, " items"]:
     """1 where the answer beats the wrong answer strictly (`logit_diff` > 0), else 0; a tie is 0.
 
@@ -324,12 +309,24 @@ class Measurer:
         Raises:
             UserError: An answer's token id is outside the logits' vocabulary.
         """
+        return self._measured(logits, prompt_index)
+
+    def differentiable(
+        self, logits: Float[Tensor, "items vocab"], prompt_index: Int[Tensor, " items"]
+    ) -> Float[Tensor, "items metrics"]:
+        """The same numbers with their gradients; refuses metrics that have none (`Metric.differentiable`)."""
+        for metric in (metric for metric in self.metrics if not metric.differentiable):
+            others = ", ".join(sorted(name for name, other in METRICS.items() if other.differentiable))
+            raise UserError(f"metrics: {metric.name} is a count and has no gradient", f"Choose from {others}.")
+        return self._measured(logits, prompt_index)
+
+    def _measured(self, logits: Tensor, prompt_index: Tensor) -> Tensor:
         if self._largest_id >= logits.shape[1]:
             raise UserError(
                 f"answer token id {self._largest_id} is outside the model's vocabulary of {logits.shape[1]} tokens",
                 "Use the tokenizer that belongs to the model.",
             )
-        chunks = [self._measure(chunk) for chunk in self._readouts(logits, prompt_index)]
+        chunks = [self._columns(chunk) for chunk in self._readouts(logits, prompt_index)]
         empty = logits.new_empty((0, len(self.metrics)), dtype=_sum_dtype(logits))
         return torch.cat(chunks) if chunks else empty
 
@@ -339,7 +336,7 @@ class Measurer:
             targets = Targets(index, self._answer.at(index), self._wrong.at(index), self._reference)
             yield Readout(at_least_float32(logits[start : start + ROWS_PER_CHUNK]), targets)
 
-    def _measure(self, readout: Readout) -> Tensor:
+    def _columns(self, readout: Readout) -> Tensor:
         return torch.stack([metric.function(readout) + readout.poison for metric in self.metrics], dim=-1)
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -17,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.hooks import RemovableHandle
 
 from mechinterp_cli.engine.edits import Site
-from mechinterp_cli.engine.instrument import kinds_by_layer, visiting
+from mechinterp_cli.engine.instrument import Reader, kinds_by_layer, visiting
 from mechinterp_cli.engine.tail import contiguous_head
 from mechinterp_cli.errors import UserError
 from mechinterp_cli.models.anatomy import Anatomy, device_of
@@ -93,6 +94,34 @@ def differentiated(
         for index in range(found.metrics):
             found.backward(index, use, last=index == found.metrics - 1)
         return found.values.detach()
+
+
+@torch.no_grad()
+def observed(
+    model: nn.Module, anatomy: Anatomy, prompts: Pass, metric: Differentiable, sites: Collection[Site]
+) -> tuple[Float[Tensor, "n metrics"], dict[Site, Tensor]]:
+    """Metrics and activations of a pass without gradients.
+
+    Args:
+        model: The model.
+        anatomy: Its anatomy.
+        prompts: What is run.
+        metric: What is measured.
+        sites: What is read.
+    """
+    reader, embed = Reader(), prompts.embed
+
+    def visit(site: Site, activation: Tensor) -> Tensor | None:
+        placed = embed.to(activation) if site == EMBED and embed is not None else None
+        if site in wanted:
+            reader(site, activation if placed is None else placed)
+        return placed
+
+    wanted = frozenset(sites)
+    visited = wanted if embed is None else wanted | {EMBED}
+    with visiting(model, anatomy, kinds_by_layer(set(visited)), visit):
+        values = metric(prompts.logits(model), prompts.prompts.to(device_of(model)))
+    return values, reader.seen
 
 
 @contextmanager
@@ -177,12 +206,12 @@ class Graph:
         start = activation
         if not activation.requires_grad:
             start = activation.detach().requires_grad_()
-        watched = start.clone()
+        watched: Any = start.clone()
         if self._recording:  # a layer that is computed again, by checkpointing, is not
             self._starts.extend([start] if start.is_leaf else [])
             self._activations[site] = start.detach()
             self._handles.append(watched.register_hook(partial(self._arrived, site)))
-        return watched
+        return cast(Tensor, watched)
 
     def _arrived(self, site: Site, gradient: Tensor) -> Tensor | None:
         return self._hand_on(site, gradient)
