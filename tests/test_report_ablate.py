@@ -13,6 +13,7 @@ from rich.console import Console
 
 from mechinterp_cli.report.picture import Drawing
 from mechinterp_cli.report.rows import having, without
+from mechinterp_cli.report.trials import members_text
 from mechinterp_cli.report.view import View, tables_needed, view_of
 from tests.ablate_frames import Fake, frame, records
 
@@ -559,3 +560,149 @@ def test_rows_are_chosen_whatever_is_null() -> None:
     assert having(rows, unknown="set").empty
     assert without(rows, "ranking")["trial"].tolist() == [0]
     assert without(rows, "unknown")["trial"].tolist() == [0, 1, 2]
+
+
+def without_support(fake: Fake, p: float) -> View:
+    """The view where every corrected p is this."""
+    weak = {
+        name: frame(name, [{**row, "p_adjusted": p} for row in records(fake.tables()[name])])
+        for name in ("summary", "contrasts")
+    }
+    return view(fake, **weak)
+
+
+def test_a_verdict_that_the_corrected_p_does_not_bear_out_says_so() -> None:
+    fake = Fake(groups=GROUPS, values=("zero",), margin=0.2)
+    strong, weak = text(without_support(fake, 0.003), 200), text(without_support(fake, 0.23), 200)
+    head, groups = (shown.split("effects in aligned")[0] for shown in (strong, weak))
+    assert cells(head, "1")[-1] == "yes"
+    assert cells(groups, "1")[-1] == "yes (alone)"
+    asked = "does the effect of 2.0 differ between aligned and conflicting?"
+    numbers = "difference -0.600 [-0.800, -0.410]"
+    assert f"{asked} yes: {numbers}; p = 0.0030, corrected over all 12 trials" in strong
+    assert f"{asked} yes for this trial alone: {numbers}; p = 0.2300, corrected over all 12 trials" in weak
+    no = text(without_support(replace(fake, verdict="no"), 0.23), 200)
+    assert f"{asked} no within 0.2: {numbers}; p = 0.2300" in no
+    assert cells(no[no.index("effects in aligned") :], "1")[-1] == "no"
+
+
+def test_below_a_table_stands_what_its_verdicts_are_read_off() -> None:
+    def below(fake: Fake, width: int = 200) -> str:
+        manifest = fake.manifest
+        manifest.config["stats"] = {"ci": 0.9, "smallest_effect": 0.03}
+        return " ".join(text(view_of(manifest, fake.tables()), width).split())
+
+    own = "verdict: one trial's own, its 90 % interval against the margin of"
+    shown = below(Fake(groups=GROUPS, values=("zero",), margin=0.2))
+    assert shown.count(f"{own} 0.2, not corrected") == 2
+    assert "interval: 90 %; p adj.: against 0, corrected over the trials of a design, value and block" in shown
+    assert "corrected over all 12 trials" in shown
+    shares = below(Fake(metrics=("logit_diff",), normalised=True, values=("zero",)))
+    assert f"{own} 0.03, not corrected" in shares
+    assert "verdict" not in below(Fake(values=("zero",)), 36)
+
+
+@pytest.mark.parametrize("width", range(50, 140, 5))
+def test_effects_of_two_groups_stand_beside_each_other_or_not_at_all(width: int) -> None:
+    shown = text(view(Fake(groups=("aligned", "conflicting prompts"), values=("zero",))), width)
+    heading = next(line for line in shown.splitlines() if "difference |" in line)
+    assert ("in aligned |" in heading) == ("in conflicting prompts |" in heading)
+    assert ("in aligned |" in heading) == (width >= 75)
+
+
+def test_all_but_a_set_is_not_called_the_set() -> None:
+    fake = Fake(design="keep", values=("zero",), length=4, continuations=SAID[:3])
+    shown = text(view(fake), 200)
+    told = shown[: shown.index("sets, zero ablation")]
+    for name, effect in (("the set circuit", 1.5), ("all but circuit", 0.4)):
+        row = next(line for line in told.splitlines() if f"| {name} " in line)
+        assert f"{effect:.3f}" in row
+    drawn = {row["name"] for row in data(specs(view(fake))["positions"], "name", "x")}
+    assert {"all but circuit", "the set circuit"} <= drawn
+    assert "the set" not in text(view(Fake(design="set", values=("zero",))), 200)
+
+
+def test_what_a_set_holds_stands_beside_its_name() -> None:
+    def shown(fake: Fake, width: int) -> str:
+        manifest = fake.manifest
+        manifest.config["ablate"]["sets"] = {name: list(units) for name, units in fake.sets.items()}
+        return text(view_of(manifest, fake.tables()), width)
+
+    many = {"circuit": ("1.1", "2.0"), "other": [f"{i}.{j}" for i in range(10) for j in range(3)]}
+    for design in ("set", "keep"):
+        wide = shown(Fake(design=design, values=("zero",), sets=many), 160)
+        assert "1.1 2.0" in wide
+        assert "0.0 0.1 0.2 1.0 1.1 1.2 +24 more" in wide
+        assert "1.1 2.0" not in shown(Fake(design=design, values=("zero",), sets=many), 50)
+
+
+@pytest.mark.parametrize(
+    ("members", "expected"),
+    [(["1.1"], "1.1"), (["a" * 9, "b"], "a" * 9 + " b"), (["a" * 11, "b"], "2 units"), (["a" * 40], "a" * 9 + "...")],
+)
+def test_members_are_shortened(members: list[str], expected: str) -> None:
+    assert members_text(members, 12) == expected
+
+
+def test_pairs_that_nobody_computed_are_crossed_out() -> None:
+    fake = Fake(design="pairs", values=("zero",))
+    rows = records(fake.interactions_table())
+    spec = specs(view(fake, interactions=frame("interactions", rows[:2])))["interactions"]
+    states = {(row["layer"], row["column"]): row["state"] for row in data(spec, "layer", "column")}
+    assert states["2.0", "0.3"] == states["0.3", "2.0"] == states["1.1", "1.1"] == "absent"
+    assert states["1.1", "2.0"] == "ok"
+    legend = [row["kind"] for row in data(spec, "kind") if row["state"] == "absent"]
+    assert set(legend) == {"not computed"}
+
+
+def test_every_k_has_its_label() -> None:
+    spec = specs(view(Fake(design="cumulative", values=("zero",), ks=(1, 2, 4, 8, 12))))["curve-loss"]
+    axis = spec["concat"][0]["layer"][-1]["encoding"]["x"]
+    assert axis["axis"]["values"] == [1, 2, 4, 8, 12]
+    assert axis["title"] == "k, heads ablated together"
+    # One panel alone is as high as those side by side.
+    beside = specs(view(Fake(design="cumulative")))["curve-loss"]["concat"][0]
+    assert spec["concat"][0]["height"] == beside["height"]
+
+
+def test_a_wide_interval_does_not_hide_the_lines() -> None:
+    fake = Fake(design="set", length=9, values=("zero",))
+    rows = records(fake.positions_table())
+
+    def panels(high: float) -> tuple[list[float], str]:
+        made = [{**row, "ci_high": high if row["trial"] == 0 else row["ci_high"]} for row in rows]
+        spec = specs(view(fake, positions=frame("positions", made)))["positions"]
+        return spec["concat"][1]["layer"][-1]["encoding"]["y"]["scale"]["domain"], title_of(spec)
+
+    (low, high), words = panels(900.0)
+    largest = max(row["effect"] for row in rows if pd.notna(row["effect"]))
+    assert largest < high < 3 * largest
+    assert "Intervals go on beyond the axis" in words
+    assert low < 0
+    assert "beyond the axis" not in panels(1.2)[1]
+
+
+def test_what_compares_with_the_unedited_model_has_no_change_beside_it() -> None:
+    fake = Fake(design="set", length=9, values=("zero",))
+    kl = frame("positions", [{**row, "metric": "kl"} for row in records(fake.positions_table())])
+    assert len(specs(view(fake, positions=kl))["positions"]["concat"]) == 1
+    assert len(specs(view(fake))["positions"]["concat"]) == 2
+
+
+def test_maps_name_windows_units_and_how_many_there_are() -> None:
+    fake = Fake()
+    manifest = fake.manifest
+    manifest.config["ablate"]["units"] = [{"kind": "mlp", "layers": {"window": 10}}]
+    shown = view_of(manifest, fake.tables())
+    spec = specs(shown)["00-mlp-zero-loss"]
+    assert "Each row is a window of 10 layers, by its centre." in title_of(spec)
+    assert "window" not in title_of(specs(view(fake))["00-head-zero-loss"])
+    assert "effect (nats per token)" in set(strings(spec))
+    assert "the first of 2 maps" in text(shown)
+    assert "maps" not in text(view(Fake(values=("zero",))))
+
+
+def test_many_heads_are_told_by_their_number() -> None:
+    shown = text(view(Fake(design="cumulative", values=("zero",), ks=(12,))), 300)
+    assert "without the 12 strongest heads (zero) loss changes by" in shown
+    assert "without 2.0+1.1+1.3" in text(view(Fake(design="cumulative", values=("zero",), ks=(3,))), 300)

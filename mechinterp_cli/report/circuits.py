@@ -56,7 +56,7 @@ def circuit_dots(rows: pd.DataFrame, about: Sequence[str]) -> Dots | None:
             for row in part
             for share in SHARES
         ]
-        share = "0: as with everything ablated, 1: as unedited"
+        share = "share of unedited minus everything ablated"
         panels.append(DotPanel(title=f"{ablation} ablation", x_title=share, dots=tuple(dots), references=(0.0, 1.0)))
     left = len(sets) - MAX_SETS
     caption = "Faithfulness: what the set alone has. Completeness 1: without the set nothing is left."

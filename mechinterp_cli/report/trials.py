@@ -135,16 +135,18 @@ class Trials:
         return strongest(told, count=count, quantity=self.quantity) if len(told) else told
 
     def leading(self, count: int) -> list[Row]:
-        """Trials to be followed closer: sets, then the top k of a ranking, then the strongest units.
+        """Trials to be followed closer: all but a set, sets, the top k of a ranking, then the strongest units.
 
         Args:
             count: How many.
         """
-        parts = [having(self.rows, design=("keep", "set")), having(self.rows, design="cumulative")]
+        parts = [having(self.rows, design=name) for name in ("keep", "set", "cumulative")]
         found = [row for part in parts for row in records(part)]
         found += records(self.strongest(count)) if len(found) < count else []
-        unique = {key_of(row): row for row in reversed(found)}
-        return list(reversed(unique.values()))[:count]
+        unique: dict[tuple[str, int], Row] = {}
+        for row in found:
+            unique.setdefault(key_of(row), row)
+        return list(unique.values())[:count]
 
     @cached_property
     def _known(self) -> dict[tuple[str, int], Row]:
