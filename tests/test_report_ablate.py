@@ -632,6 +632,7 @@ def test_what_a_set_holds_stands_beside_its_name() -> None:
     for design in ("set", "keep"):
         wide = shown(Fake(design=design, values=("zero",), sets=many), 160)
         assert "1.1 2.0" in wide
+        assert ("1.1 2.0" in wide.partition("sets, zero ablation")[2]) == (design == "keep")
         assert "0.0 0.1 0.2 1.0 1.1 1.2 +24 more" in wide
         assert "1.1 2.0" not in shown(Fake(design=design, values=("zero",), sets=many), 50)
 
