@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 
 from mechinterp_cli.engine.instrument import layer_of
 from mechinterp_cli.models.anatomy import Anatomy
-from mechinterp_cli.models.interface import AttentionCall, SoftmaxRule, intercepted, masked_scores, softmax
+from mechinterp_cli.models.interface import AttentionCall, SoftmaxRule, intercepted, masked_scores
 
 
 def widened(x: Tensor) -> Tensor:
@@ -42,6 +42,11 @@ class Attention:
         """Masked logits of other queries or keys."""
         return masked_scores(self.rule, q, k, self.mask)
 
+    def _pattern(self, q: Tensor) -> Tensor:
+        """Probabilities of the keys; zeros where all are masked."""
+        logits = _with_sink(self.scores(q, self.k), self.rule.sinks)
+        return torch.softmax(logits, -1).nan_to_num()[..., : self.k.shape[2]]
+
     def query_effects(
         self, source: Float[Tensor, "n queries heads d_head"], gradient: Float[Tensor, "n queries heads keys"]
     ) -> Float[Tensor, "n queries heads"]:
@@ -52,7 +57,7 @@ class Attention:
             gradient: ∂M/∂pattern.
         """
         query = _as_given(source, self.q)
-        change = softmax(self.rule, self.scores(query, self.k)) - softmax(self.rule, self.scores(self.q, self.k))
+        change = self._pattern(query) - self._pattern(self.q)
         return torch.einsum("nhqk,nqhk->nqh", change, gradient.to(change.dtype))
 
     def key_effects(
@@ -96,10 +101,8 @@ def one_logit(
         sinks: One more logit per head, whose probability counts for nothing.
     """
     keys = old.shape[-1]
-    logits, weights = old, gradient
-    if sinks is not None:
-        sink = sinks.to(old).view(1, -1, 1, 1).expand(*old.shape[:-1], 1)
-        logits, weights = torch.cat([old, sink], dim=-1), pad(gradient, (0, 1))
+    logits = _with_sink(old, sinks)
+    weights = pad(gradient, (0, logits.shape[-1] - keys))
     lowest = weights.amin(-1, keepdim=True)
     above = weights - lowest
     others = _without_each(logits)
@@ -108,6 +111,13 @@ def one_logit(
     effect = gained * (above - mean)[..., :keys]
     alone = others[..., :keys].isinf() | old.isinf()
     return torch.where(alone, 0, effect)
+
+
+def _with_sink(scores: Tensor, sinks: Tensor | None) -> Tensor:
+    """A head's sink is one more key."""
+    if sinks is None:
+        return scores
+    return torch.cat([scores, sinks.to(scores).view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)], dim=-1)
 
 
 def _without_each(logits: Tensor) -> Tensor:
