@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mechinterp_cli.engine.atp import Batching, Estimates, Inquiry, atp, stream, zeros
+from mechinterp_cli.engine.atp import Batching, Estimates, Inquiry, atp, batching_within, stream, zeros
 from mechinterp_cli.engine.capture import group_means
 from mechinterp_cli.engine.edits import Site
-from mechinterp_cli.engine.gradients import EMBED
+from mechinterp_cli.engine.gradients import EMBED, Pass, graph_bytes
 from mechinterp_cli.engine.instrument import kinds_by_layer, read_sites, visiting
 from mechinterp_cli.engine.integrated import conductance, ig_inputs
 from mechinterp_cli.errors import RunError, UserError
@@ -224,6 +224,17 @@ def test_estimates_do_not_depend_on_batches(estimator: str, batching: Batching) 
     assert torch.allclose(parts.base, whole.base, atol=1e-5)
     for site, values in whole.by_site.items():
         assert torch.allclose(parts.by_site[site], values, rtol=1e-3, atol=1e-5 * float(values.abs().max())), site
+
+
+def test_prompts_are_shared_out_by_memory() -> None:
+    case = Case.of(build("llama"))
+    asked = case.ask()
+    first = Pass(case.base[:1], torch.tensor(case.read[:1]), torch.tensor([0]))
+    one = graph_bytes(case.model, case.anatomy, first, two_metrics, case.sites)
+    assert batching_within(asked, one) == Batching(LENGTH)
+    assert batching_within(asked, one * 5 // 2) == Batching(2 * LENGTH)
+    assert batching_within(asked, one - 1) == Batching(LENGTH, checkpointing=True)
+    assert [len(prompts.prompts) for prompts in case.ask(batching=Batching(2 * LENGTH)).passes()] == [2, 1]
 
 
 def test_estimates_do_not_depend_on_company_or_order() -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mechinterp_cli.engine.edits import Site
-from mechinterp_cli.engine.gradients import EMBED, Graph, Pass, differentiated, graph, observed
+from mechinterp_cli.engine.gradients import EMBED, Graph, Pass, differentiated, graph, graph_bytes, observed
 from mechinterp_cli.engine.instrument import kinds_by_layer, visiting
 from mechinterp_cli.errors import UserError
 from mechinterp_cli.models.kinds import KEY_KINDS
@@ -91,24 +91,37 @@ def test_computing_layers_again_changes_nothing(family: str) -> None:
         assert torch.allclose(again[at], gradient, rtol=1e-4, atol=1e-6 * float(gradient.abs().max())), at
 
 
+def held_by(case: Case, **others: Any) -> int:
+    """Bytes that a graph saves, weights apart."""
+    held: dict[int, int] = {}
+    weights = {weight.untyped_storage().data_ptr() for weight in case.model.parameters()}
+
+    def pack(x: Tensor) -> Tensor:
+        held[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    saving = torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x)
+    with saving, graph(case.model, case.anatomy, all_prompts(case), two_metrics, {EMBED}, **others):
+        pass
+    return sum(size for at, size in held.items() if at not in weights)
+
+
 def test_checkpointing_keeps_less() -> None:
     case = Case.of(build("llama"))
-    kept = []
-    for checkpointing in (False, True):
-        held: dict[int, int] = {}
+    assert held_by(case, checkpointing=True) < 0.2 * held_by(case)
 
-        def pack(x: Tensor, held: dict[int, int] = held) -> Tensor:
-            held[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-            return x
 
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-            found = graph(
-                case.model, case.anatomy, all_prompts(case), two_metrics, {EMBED}, checkpointing=checkpointing
-            )
-            with found:
-                pass
-        kept.append(sum(held.values()))
-    assert kept[1] < 0.5 * kept[0]
+def test_what_a_pass_holds_is_known() -> None:
+    case = Case.of(build("llama"))
+    few, all_sites = (
+        graph_bytes(case.model, case.anatomy, all_prompts(case), two_metrics, sites) for sites in ({EMBED}, case.sites)
+    )
+    assert abs(few - held_by(case)) < 0.1 * few
+    assert few < all_sites
+    double = Case.of(case.model, prompts=6)
+    assert graph_bytes(case.model, case.anatomy, all_prompts(double), two_metrics, {EMBED}) == pytest.approx(
+        2 * few, rel=0.1
+    )
 
 
 def test_a_prompt_does_not_depend_on_its_batch() -> None:

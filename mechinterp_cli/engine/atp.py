@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mechinterp_cli.engine.early import forward_until
 from mechinterp_cli.engine.edits import Site
-from mechinterp_cli.engine.gradients import Context, Differentiable, Pass, check_sites, differentiated
+from mechinterp_cli.engine.gradients import Context, Differentiable, Pass, check_sites, differentiated, graph_bytes
 from mechinterp_cli.engine.instrument import read_sites
 from mechinterp_cli.engine.softmax_fix import widened
 from mechinterp_cli.errors import RunError
@@ -115,6 +115,18 @@ class Inquiry:
         if self.check_finite:
             found.check_finite()
         return found
+
+
+def batching_within(asked: Inquiry, memory: int) -> Batching:
+    """As many prompts at once as memory allows, measured on the first; one, and checkpointing, where not even that.
+
+    Args:
+        asked: What will be asked; its own batching is not looked at.
+        memory: Bytes for what one pass holds until its backward pass.
+    """
+    first = Pass(asked.tokens[:1], asked.read[:1], torch.zeros(1, dtype=torch.long))
+    held = graph_bytes(asked.model, asked.anatomy, first, asked.metric, asked.sites)
+    return Batching(asked.tokens.shape[1] * max(1, memory // held), checkpointing=held > memory)
 
 
 @dataclass(frozen=True, eq=False)

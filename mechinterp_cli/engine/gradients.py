@@ -165,12 +165,44 @@ def graph(
         yield found
 
 
+def graph_bytes(
+    model: nn.Module, anatomy: Anatomy, prompts: Pass, metric: Differentiable, sites: Collection[Site]
+) -> int:
+    """Bytes that a pass without checkpointing holds until its backward pass, weights and buffers apart.
+
+    Args:
+        model: The model, in evaluation mode.
+        anatomy: Its anatomy.
+        prompts: What is run.
+        metric: What is differentiated.
+        sites: Where gradients are wanted; their activations are counted.
+    """
+    own = {x.untyped_storage().data_ptr() for x in (*model.parameters(), *model.buffers())}
+    held: dict[int, int] = {}
+
+    def hold(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in own:
+            held[storage.data_ptr()] = storage.nbytes()
+        return x
+
+    saving = torch.autograd.graph.saved_tensors_hooks(hold, lambda x: x)
+    with saving, graph(model, anatomy, prompts, metric, sites) as found:
+        for activation in found.activations.values():
+            hold(activation)
+    return sum(held.values())
+
+
 class Graph:
     """What `graph` gives: metrics, and backward passes from them.
 
     Args:
         sites: Where gradients are wanted.
         embed: What enters layer 0, or None for the model's own.
+
+    Attributes:
+        values: The metrics, [n, metrics].
+        activations: What the pass had at the sites.
     """
 
     def __init__(self, sites: Collection[Site], embed: Tensor | None) -> None:
@@ -179,7 +211,7 @@ class Graph:
         self._embed = embed
         self._recording = True
         self._starts: list[Tensor] = []
-        self._activations: dict[Site, Tensor] = {}
+        self.activations: dict[Site, Tensor] = {}
         self._handles: list[RemovableHandle] = []
         self._hand_on: Callable[[Site, Tensor], Tensor | None] = lambda _site, _gradient: None
 
@@ -209,7 +241,7 @@ class Graph:
         watched: Any = start.clone()
         if self._recording:  # a layer that is computed again, by checkpointing, is not
             self._starts.extend([start] if start.is_leaf else [])
-            self._activations[site] = start.detach()
+            self.activations[site] = start.detach()
             self._handles.append(watched.register_hook(partial(self._arrived, site)))
         return cast(Tensor, watched)
 
@@ -245,7 +277,7 @@ class Graph:
             waiting.discard(site)
             silent = site in silenced
             gradient = torch.zeros_like(gradient) if silent else gradient
-            use(site, metric, self._activations[site], gradient)
+            use(site, metric, self.activations[site], gradient)
             return gradient if silent else None
 
         self._hand_on = hand_on
@@ -258,7 +290,7 @@ class Graph:
         """Let go of the pass: hooks and what they hold would keep each other alive."""
         for handle in self._handles:
             handle.remove()
-        self._handles, self._starts, self._activations = [], [], {}
+        self._handles, self._starts, self.activations = [], [], {}
         self.values = self.values.detach()
         self._hand_on = lambda _site, _gradient: None
 
