@@ -266,10 +266,12 @@ def test_zero_and_mean_are_sources_too() -> None:
     assert all(bool(values.isfinite().all()) for values in (*found.by_site.values(), *averaged.by_site.values()))
 
 
-def test_hidden_scores_have_no_effect_and_others_have() -> None:
-    case = Case.of(build("mistral"))
+@pytest.mark.parametrize("family", ["mistral", "gemma2"])
+def test_hidden_scores_have_no_effect_and_others_have(family: str) -> None:
+    """One masks with minus infinity, the other with the least number that there is."""
+    case = Case.of(build(family))
     for sources in (zeros, stream(case.model, case.anatomy, case.source)):
-        values = atp(case.ask(frozenset({Site("scores", 1)}), sources=sources)).by_site[Site("scores", 1)]
+        values = atp(case.ask(frozenset({Site("scores", 0)}), sources=sources)).by_site[Site("scores", 0)]
         ahead = torch.arange(LENGTH)[:, None] - torch.arange(LENGTH)
         hidden = ((ahead < 0) | (ahead >= 5))[:, None].expand(values.shape)
         assert not values[hidden].any()

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from torch import Tensor, nn
 
 from mechinterp_cli.engine.edits import Site
@@ -280,6 +281,17 @@ def test_weights_that_want_gradients_change_nothing() -> None:
     frozen = gradients(case)
     case.model.requires_grad_(True)
     assert all(torch.equal(gradient, frozen[at]) for at, gradient in gradients(case).items())
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_weights_may_be_kept_elsewhere(checkpointing: bool) -> None:
+    case = Case.of(build("llama"))
+    here = gradients(case)
+    cpu_offload(case.model, torch.device("cpu"))
+    assert all(weight.device.type == "meta" for weight in case.model.parameters())
+    there = gradients(case, checkpointing=checkpointing)
+    assert all(torch.allclose(there[at], gradient, atol=1e-6) for at, gradient in here.items())
+    assert all(weight.device.type == "meta" for weight in case.model.parameters())
 
 
 def test_nothing_of_a_pass_lives_on() -> None:

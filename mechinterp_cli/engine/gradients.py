@@ -14,8 +14,7 @@ from typing import Any, cast
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
-from torch.utils.hooks import RemovableHandle
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from mechinterp_cli.engine.edits import Site
 from mechinterp_cli.engine.instrument import Reader, kinds_by_layer, visiting
@@ -212,7 +211,6 @@ class Graph:
         self._recording = True
         self._starts: list[Tensor] = []
         self.activations: dict[Site, Tensor] = {}
-        self._handles: list[RemovableHandle] = []
         self._hand_on: Callable[[Site, Tensor], Tensor | None] = lambda _site, _gradient: None
 
     @property
@@ -242,7 +240,7 @@ class Graph:
         if self._recording:  # a layer that is computed again, by checkpointing, is not
             self._starts.extend([start] if start.is_leaf else [])
             self.activations[site] = start.detach()
-            self._handles.append(watched.register_hook(partial(self._arrived, site)))
+            watched.register_hook(partial(self._arrived, site))
         return cast(Tensor, watched)
 
     def _arrived(self, site: Site, gradient: Tensor) -> Tensor | None:
@@ -287,10 +285,8 @@ class Graph:
             raise no_gradient(waiting, "the metric does not depend on it in a way that can be differentiated")
 
     def close(self) -> None:
-        """Let go of the pass: hooks and what they hold would keep each other alive."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles, self._starts, self.activations = [], [], {}
+        """Let go of the pass: its graph holds hooks that hold this object, which must not hold the graph."""
+        self._starts, self.activations = [], {}
         self.values = self.values.detach()
         self._hand_on = lambda _site, _gradient: None
 
@@ -343,7 +339,8 @@ def _checkpointed(model: nn.Module, anatomy: Anatomy) -> Iterator[None]:
             layer.__dict__["forward"] = partial(
                 checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False
             )
-        yield
+        with set_checkpoint_early_stop(False):  # hooks that move weights want each layer to come to its end
+            yield
     finally:
         for layer, own in zip(layers, kept, strict=True):
             layer.__dict__.pop("forward", None)
