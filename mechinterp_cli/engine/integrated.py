@@ -16,6 +16,7 @@ from torch import Tensor
 from mechinterp_cli.engine.atp import Estimates, Inquiry, Tally, contribution, difference
 from mechinterp_cli.engine.edits import Site
 from mechinterp_cli.engine.gradients import EMBED, Pass, differentiated, observed
+from mechinterp_cli.engine.softmax_fix import widened
 
 Changes = Callable[[range], Callable[[Site], Tensor]]
 """Steps to site to what gradients are multiplied with there, [steps or 1, n, positions, *features]."""
@@ -97,6 +98,7 @@ class _Line:
         if steps < 1:
             raise ValueError(f"{steps} steps: at least one is needed")
         source = source if source.ndim < base.ndim else source[:, : base.shape[1]]
+        base = widened(base)  # in half precision neighbouring places would be one
         return cls(asked, prompts, base, source.to(base).expand_as(base), steps)
 
     def at(self, places: Collection[float]) -> Pass:
