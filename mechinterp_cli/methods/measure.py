@@ -11,6 +11,7 @@ from mechinterp_cli.config.loader import LoadedConfig
 from mechinterp_cli.engine.capture import embeddings, last_logits
 from mechinterp_cli.engine.wavefront import Measure
 from mechinterp_cli.errors import UserError
+from mechinterp_cli.methods.experiment import Setting
 from mechinterp_cli.metrics import Measurer, find_metric
 from mechinterp_cli.models.anatomy import device_of
 from mechinterp_cli.models.loaded import LoadedModel
@@ -49,6 +50,33 @@ def clean_logits(model: LoadedModel, prompts: PromptSet) -> Tensor:
         tokens = torch.tensor([prompts.prompts[i].clean_tokens for i in members])
         out[list(members)] = last_logits(model.model, tokens)
     return out
+
+
+def select(setting: Setting, *, top: bool = False) -> tuple[PromptSet, Tensor | None]:
+    """The prompts that are kept, and their clean logits [prompts, vocab] where a metric needs them.
+
+    Without forward passes all are kept and logits are zero.
+
+    Args:
+        setting: Config, model and prompts; `task.keep` says whether prompts that the model gets wrong are dropped.
+        top: Drop, whatever it says, those whose answer is not the model's first choice (causal tracing).
+
+    Raises:
+        UserError: As `keep_correct`; or prompts would be dropped at every checkpoint anew.
+    """
+    prompts, model = setting.prompts, setting.model
+    correct = top or setting.loaded.config.resolved()["task"].get("keep") == "correct"
+    if correct and setting.moment.name is not None:
+        key = "patch.tracing: drops" if top else "task.keep: correct drops"
+        problem = f"{key} the prompts that a model gets wrong, which are others at each checkpoint"
+        raise UserError(problem, "Leave out model.checkpoints, or keep all prompts.")
+    if not correct and not needs_clean_logits(setting.loaded):
+        return prompts, None
+    if not setting.compute:
+        return prompts, torch.zeros(len(prompts.prompts), model.anatomy.vocab_size)
+    setting.progress.stage(f"{setting.moment.heading}running the clean prompts")
+    logits = clean_logits(model, prompts)
+    return keep_correct(prompts, logits, top=top) if correct else (prompts, logits)
 
 
 def keep_correct(prompts: PromptSet, logits: Tensor, *, top: bool) -> tuple[PromptSet, Tensor]:

@@ -94,7 +94,7 @@ def trial_rows(specs: Sequence[TrialSpec], anatomy: Anatomy, *, op: str, source:
     for spec in specs:
         for edit, layer in enumerate(spec.layers):
             row = {"trial": spec.index, "edit": edit, "op": op, "site": spec.kind, "layer": layer, "source": source}
-            row |= _unit_columns(spec, layer, anatomy)
+            row |= unit_columns(spec, layer, anatomy)
             row |= {"position": spec.place.position, "span": spec.place.span, "template": spec.place.template}
             row |= {"key_position": spec.keys and spec.keys.position, "key_span": spec.keys and spec.keys.span}
             row["set"] = None if spec.units is None or len(spec.units) == 1 else "+".join(map(str, spec.units))
@@ -102,7 +102,7 @@ def trial_rows(specs: Sequence[TrialSpec], anatomy: Anatomy, *, op: str, source:
     return rows
 
 
-def _unit_columns(spec: TrialSpec, layer: int, anatomy: Anatomy) -> dict[str, int | None]:
+def unit_columns(spec: TrialSpec, layer: int, anatomy: Anatomy) -> dict[str, int | None]:
     """Head and kv_head: for query heads the key/value head that they share, too."""
     heads = anatomy.layers[layer].heads
     if spec.head is None or heads is None:
@@ -112,12 +112,17 @@ def _unit_columns(spec: TrialSpec, layer: int, anatomy: Anatomy) -> dict[str, in
     return {"head": spec.head, "kv_head": heads.shared_by(spec.head), "neuron": None}
 
 
-_INTEGERS = ("layer", "head", "kv_head", "neuron", "position", "k", "ranking", "block")
+_INTEGERS = ("edit", "layer", "head", "kv_head", "neuron", "position", "key_position", "k", "ranking", "block")
 
 
 def site_frame(specs: Sequence[Spec]) -> pd.DataFrame:
     """What a table needs to be read alone: where each trial acts, a row each, `trial` first."""
-    frame = pd.DataFrame([{"trial": spec.index, **spec.columns()} for spec in specs])
+    return typed_frame([{"trial": spec.index, **spec.columns()} for spec in specs])
+
+
+def typed_frame(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
+    """Rows of numbers and texts that may be missing; `trial` never is."""
+    frame = pd.DataFrame(rows)
     kinds = {name: "Int32" if name in _INTEGERS else "string[pyarrow]" for name in frame.columns if name != "trial"}
     return frame.astype(kinds)
 
@@ -144,12 +149,12 @@ def result_columns(
     block = np.tile(np.arange(len(blocks), dtype=np.int32), len(at[0]))
     sites = site_frame(sweep.specs).drop(columns="block")
     return {
-        **{str(name): _look_up(values, _arrow_type(str(name)), trial) for name, values in sites.items()},
+        **{str(name): look_up(values, arrow_type(str(name)), trial) for name, values in sites.items()},
         "prompt": pa.array(prompt),
-        "cluster": _look_up(sweep.clusters, pa.string(), prompt),
-        "group": _look_up(sweep.groups, pa.string(), prompt),
-        "metric": _look_up([sweep.metrics[metric] for metric, _ in blocks], pa.string(), block),
-        "draw": _look_up([draw for _, draw in blocks], pa.int32(), block),
+        "cluster": look_up(sweep.clusters, pa.string(), prompt),
+        "group": look_up(sweep.groups, pa.string(), prompt),
+        "metric": look_up([sweep.metrics[metric] for metric, _ in blocks], pa.string(), block),
+        "draw": look_up([draw for _, draw in blocks], pa.int32(), block),
         **_measured(sweep, stats, at, blocks),
     }
 
@@ -175,7 +180,7 @@ def _measured(
         "value": pa.array(numbers["value"].reshape(-1), from_pandas=False),
         "effect": pa.array(numbers["effect"].reshape(-1), from_pandas=False),
         "normalized": pa.array(numbers["normalized"].reshape(-1), mask=nothing.reshape(-1), from_pandas=False),
-        "status": _look_up([Status(i).label for i in range(len(Status))], pa.string(), status.reshape(-1)),
+        "status": look_up([Status(i).label for i in range(len(Status))], pa.string(), status.reshape(-1)),
     }
 
 
@@ -183,11 +188,12 @@ _LOOK_UP_ROWS = 1 << 20
 """Rows of a chunk: Arrow's texts hold 2 GiB at most in one piece."""
 
 
-def _arrow_type(name: str) -> pa.DataType:
+def arrow_type(name: str) -> pa.DataType:
+    """The type of a column that says where a trial acts."""
     return pa.int64() if name == "trial" else pa.int32() if name in _INTEGERS else pa.string()
 
 
-def _look_up(
+def look_up(
     values: Sequence[Any] | pd.Series, kind: pa.DataType, rows: npt.NDArray[np.integer[Any]]
 ) -> pa.ChunkedArray:
     """`values[rows]`, null where there is none."""

@@ -7,12 +7,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-import torch
 from torch import Tensor
 
 from mechinterp_cli.engine.edits import Site
 from mechinterp_cli.engine.plan import Work
-from mechinterp_cli.errors import UserError
 from mechinterp_cli.methods import measure as measuring
 from mechinterp_cli.methods import tables
 from mechinterp_cli.methods.bench import Bench
@@ -176,7 +174,7 @@ def prepare(options: PatchOptions, setting: Setting) -> PatchExperiment:
     metrics = [find_metric(name) for name in loaded.config.metrics]
     check_prompts(metrics, setting.prompts.prompts, setting.prompts.task)
     bound, specs = _lay_out(setting, options, setting.prompts)
-    prompts, logits = _select(setting, options)
+    prompts, logits = measuring.select(setting, top=options.tracing is not None)
     if len(prompts.prompts) < len(setting.prompts.prompts):
         bound, specs = _lay_out(setting, options, prompts)
     tracing = options.tracing
@@ -196,22 +194,3 @@ def _lay_out(setting: Setting, options: PatchOptions, prompts: PromptSet) -> tup
     if not specs:
         raise loaded.error(("patch", "sites"), "there is no trial", "Name at least one site.")
     return bound, specs
-
-
-def _select(setting: Setting, options: PatchOptions) -> tuple[PromptSet, Tensor | None]:
-    """The prompts that are kept, and their clean logits where a metric needs them."""
-    loaded, prompts, model = setting.loaded, setting.prompts, setting.model
-    correct = loaded.config.resolved()["task"].get("keep") == "correct" or options.tracing is not None
-    if correct and setting.moment.name is not None:
-        key = "patch.tracing: drops" if options.tracing else "task.keep: correct drops"
-        problem = f"{key} the prompts that a model gets wrong, which are others at each checkpoint"
-        raise UserError(problem, "Leave out model.checkpoints, or keep all prompts.")
-    if not correct and not measuring.needs_clean_logits(loaded):
-        return prompts, None
-    if not setting.compute:
-        return prompts, torch.zeros(len(prompts.prompts), model.anatomy.vocab_size)
-    setting.progress.stage(f"{setting.moment.heading}running the clean prompts")
-    logits = measuring.clean_logits(model, prompts)
-    if not correct:
-        return prompts, logits
-    return measuring.keep_correct(prompts, logits, top=options.tracing is not None)
