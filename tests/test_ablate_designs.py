@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mechinterp_cli.engine.edits import RowValues, Site
 from mechinterp_cli.methods.ablate.experiment import AblateExperiment
-from mechinterp_cli.methods.ablate.optimal import fit_trials
+from mechinterp_cli.methods.ablate.optimal import Fit
 from mechinterp_cli.methods.ablate.units import Merged, Part, merge
 from mechinterp_cli.methods.ablate.values import values_of
 from mechinterp_cli.methods.specs import Place
@@ -128,14 +128,12 @@ def noise_stand(case: Case) -> Callable[[dict[str, Any]], Stand]:
 def optimal_stand(case: Case) -> Callable[[dict[str, Any]], Stand]:
     """The constants that are fitted, which have their own tests."""
     it = case.experiment
-    fitted = fit_trials(
-        it.model, it.prompts, it.units, it.trials, it.options.optimal, asks=it.asks, tick=lambda *_: None
-    )
+    fitted = Fit(it.model, it.prompts, it.units, it.trials, it.options.optimal, it.asks).run(lambda *_: None)
     first = min(row["trial"] for row in case.rows("optimal"))
 
     def of(row: dict[str, Any]) -> Stand:
         def stand(place: tuple[str, int], prompt: int) -> Tensor:
-            constant = fitted.by_trial[row["trial"] - first][Site(*place)]
+            constant = fitted.by_trial[row["trial"] - first].constants[Site(*place)]
             return constant.expand(it.prompts.prompts[prompt].length, *constant.shape)
 
         return stand

@@ -647,11 +647,9 @@ def test_constants_from_outside(tmp_path: Path, models: dict[str, LoadedModel], 
     model, hand = models["gpt2"], hand_of("gpt2", models)
     seen = activations(hand, PROMPTS, spot[:2])
     whole = seen[0].mean(0)
-    given = whole if spot[2] is None else whole[list(spot[2])]
     right = {(i, 0): whole.expand_as(x) for i, x in enumerate(seen)}
-    for shaped in (given, given[None]):
-        values = Optimal(PROMPTS, {Site(*spot[:2]): shaped}, model.anatomy)
-        check(hand, model, values, spot, right, {key: 2 * x for key, x in right.items()})
+    values = Optimal(PROMPTS, {Site(*spot[:2]): whole})
+    check(hand, model, values, spot, right, {key: 2 * x for key, x in right.items()})
     assert "fitted" in values.reference
 
 
@@ -660,7 +658,7 @@ def test_constants_along_directions(models: dict[str, LoadedModel]) -> None:
     merged = direction(1, model.anatomy.d_model)
     constant, basis = torch.ones(model.anatomy.d_model), merged.basis
     assert basis is not None
-    values = Optimal(PROMPTS, {Site("resid_post", 0): constant[None]}, model.anatomy)
+    values = Optimal(PROMPTS, {Site("resid_post", 0): constant})
     members = buckets()[0]
     plain = hand.logits(
         [PROMPTS.prompts[i].clean_tokens for i in members],

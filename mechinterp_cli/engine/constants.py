@@ -95,7 +95,7 @@ class Problem:
                 old = activation if units is None else activation.index_select(2, units)
                 new = constants[site] if units is None else constants[site].index_select(0, units)
                 where = _tokens(edit, batch, old.ndim)
-                put = torch.where(where, new.to(old.dtype), old)
+                put = torch.where(where, _put(new.to(old.dtype), old, edit), old)
                 activation = put if units is None else activation.index_copy(2, units, put)
             return activation
 
@@ -121,6 +121,15 @@ class Problem:
             for batch in batches:
                 tail.logits(batch.bucket, batch.prompts, self.wanted, note(batch))
         return {site: _floored(squares[site], counts[site], self.start[site]) for site in self.start}
+
+
+def _put(new: Tensor, old: Tensor, edit: Edit) -> Tensor:
+    """The constant; of directions that are projected out only its component along them."""
+    if edit.op != "project":
+        return new
+    assert isinstance(edit.values, Tensor)
+    basis = edit.values.to(old)
+    return old + ((new - old) @ basis.T) @ basis
 
 
 def _tokens(edit: Edit, batch: Batch, dimensions: int) -> Tensor:

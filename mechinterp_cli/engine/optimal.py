@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from mechinterp_cli.engine.constants import Constants, Problem
 from mechinterp_cli.engine.edits import Bucket, Edit
 from mechinterp_cli.engine.losses import Batch, Loss
+from mechinterp_cli.engine.plan import layer_parameters
 from mechinterp_cli.engine.tail import Tail
 from mechinterp_cli.errors import RunError, UserError
 from mechinterp_cli.models.anatomy import Anatomy
@@ -76,6 +77,30 @@ def fit_constants(
     return ConstantFitter(model, anatomy, buckets, loss).fit(edits, start, steps=steps, rate=rate, seed=seed, tick=tick)
 
 
+def batch_size(bucket: Bucket, anatomy: Anatomy, tokens_per_batch: int = TOKENS_PER_BATCH) -> int:
+    """Prompts of a bucket in a mini-batch."""
+    by_logits = LOGITS_BYTES // (bucket.read.shape[1] * anatomy.vocab_size * 4)
+    return max(1, min(tokens_per_batch // bucket.length, by_logits))
+
+
+def fit_flops(model: nn.Module, anatomy: Anatomy, buckets: Sequence[Bucket], layer: int, steps: int) -> float:
+    """What one fit takes, about: a pass back costs as much as one forward, since weights get no gradients.
+
+    Args:
+        model: The model.
+        anatomy: Its anatomy.
+        buckets: The prompts that are fitted on.
+        layer: The first edited layer.
+        steps: Steps of Adam.
+    """
+    batches = sum(-(-bucket.size // batch_size(bucket, anatomy)) for bucket in buckets)
+    per_row = 2 * layer_parameters(model, anatomy) * (anatomy.n_layers - layer if anatomy.chained else anatomy.n_layers)
+    unembedding = 2 * anatomy.vocab_size * anatomy.d_model
+    once = sum(b.size * (b.length * per_row + b.read.shape[1] * unembedding) for b in buckets)
+    evaluations = 5 if batches == 1 else 4 + min(steps, EVALUATIONS)
+    return once * (evaluations + 2 * steps / batches)
+
+
 class ConstantFitter:
     """Fits the constants of trials over the same prompts, one trial after the other.
 
@@ -103,10 +128,7 @@ class ConstantFitter:
     ) -> None:
         self.tail = Tail(model, anatomy, buckets, stream)
         self.loss = loss
-        self._sizes = [
-            max(1, min(tokens_per_batch // b.length, LOGITS_BYTES // (b.read.shape[1] * anatomy.vocab_size * 4)))
-            for b in buckets
-        ]
+        self._sizes = [batch_size(bucket, anatomy, tokens_per_batch) for bucket in buckets]
         self._keep = 4 * anatomy.vocab_size * sum(bucket.read.numel() for bucket in buckets) <= CLEAN_BYTES
         self._clean: dict[int, Tensor] = {}
         weights = next(model.parameters()).dtype
@@ -127,8 +149,8 @@ class ConstantFitter:
         The rate falls to zero along half a cosine, so constants move by `steps × rate / 2` scales at most.
 
         Args:
-            edits: By bucket, the trial's edits; only site, units and positions count. Edits of one site share its
-                constants.
+            edits: By bucket, the trial's edits; only site, units and positions count, and of `project` the
+                directions, along which alone the constant is put. Edits of one site share its constants.
             start: Site to [*features], the mean over a data set as a rule.
             steps: Steps of Adam.
             rate: First learning rate, in root-mean-square distances of each feature from the start, over the edited

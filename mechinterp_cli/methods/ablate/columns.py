@@ -31,7 +31,17 @@ _OWN = [
     column("ranking", _INDEX),
 ]
 
-register_columns("ablate", "trials", [*_texts("template", "ablation"), column("ranking", _INDEX)])
+register_columns(
+    "ablate",
+    "trials",
+    [
+        *_texts("template", "ablation"),
+        column("ranking", _INDEX),
+        # Of `optimal`: what was made small, on the prompts that are fitted on.
+        *_reals("fit_mean", "fit_zero", "fit_loss"),
+        column("fit_prompts", _INDEX),
+    ],
+)
 register_columns("ablate", "results", _OWN)
 register_columns("ablate", "summary", [*_OWN, column("block", _INDEX)])
 # Cumulative: the ranking's top k beside random rankings.

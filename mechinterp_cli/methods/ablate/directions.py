@@ -124,3 +124,17 @@ def orthonormal(
     q, r = torch.linalg.qr(wide.T)
     basis: Tensor = (q * r.diagonal().sign()).T
     return basis.float().contiguous()
+
+
+def joined(bases: Sequence[Float[Tensor, "directions d_model"]]) -> Float[Tensor, "rank d_model"]:
+    """Orthonormal rows of the span of several bases together, float32.
+
+    What one of them has of the others' span counts once: of two rows that differ by an angle below `_DEPENDENT` one
+    direction is left.
+
+    Args:
+        bases: Orthonormal rows each.
+    """
+    _, sizes, rows = torch.linalg.svd(torch.cat(list(bases)).double(), full_matrices=False)
+    basis: Tensor = rows[sizes > _DEPENDENT].float().contiguous()
+    return basis

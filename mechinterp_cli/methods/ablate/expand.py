@@ -19,7 +19,7 @@ from mechinterp_cli.errors import UserError
 from mechinterp_cli.methods.ablate.directions import Direction, read_directions
 from mechinterp_cli.methods.ablate.options import UnitBlock, UnitKind
 from mechinterp_cli.methods.ablate.overlap import overlapping
-from mechinterp_cli.methods.ablate.units import Part, Unit
+from mechinterp_cli.methods.ablate.units import Part, Unit, place_label
 from mechinterp_cli.methods.places import Binder, KeyPath, LayerWindow
 from mechinterp_cli.methods.specs import Place
 from mechinterp_cli.models.anatomy import Anatomy
@@ -218,15 +218,6 @@ def _check_forward(binder: Binder, query: Place, keys: Place, path: KeyPath) -> 
             problem = f"the edge from {place_label(query)} to {place_label(keys)} looks forward in time: "
             problem += f"in prompt {prompt} key {max(k)} comes after the last query, {max(q)}"
             raise binder.loaded.error(path, problem, _ORDER)
-
-
-def place_label(place: Place | None) -> str:
-    """A place in a word: `S2`, `3`, `all`; None is all keys."""
-    if place is None:
-        return "all"
-    if place.span is not None:
-        return place.span
-    return "all" if place.position is None else str(place.position)
 
 
 def _named(loaded: LoadedConfig, units: Sequence[Unit], blocks: Sequence[UnitBlock]) -> list[Unit]:

@@ -20,7 +20,7 @@ from mechinterp_cli.methods import tables as common
 from mechinterp_cli.methods.ablate import tables
 from mechinterp_cli.methods.ablate.designs import lay_out
 from mechinterp_cli.methods.ablate.expand import expand, find, names
-from mechinterp_cli.methods.ablate.optimal import Fitted, fit_trials, fitting_prompts
+from mechinterp_cli.methods.ablate.optimal import Fit, Fitted, check_fits, fitting_prompts, too_long
 from mechinterp_cli.methods.ablate.options import AblateOptions, CumulativeOptions, ValueName
 from mechinterp_cli.methods.ablate.ranking import explain, load_ranking
 from mechinterp_cli.methods.ablate.sources import FEWEST, donors, mean_set
@@ -119,7 +119,9 @@ class AblateExperiment(Experiment):
         done = tables.Done(sweep, value, self.units, self.trials, config.stats, self.options.margin, asked, left_out)
         summary = tables.unjudged(common.summary_frame(sweep, config.stats, raw_margin=self.options.margin))
         found: dict[str, Any] = {
-            "trials": [row for spec in specs for row in spec.trial_rows(values.reference, first)],
+            "trials": [
+                row | values.facts(spec.index) for spec in specs for row in spec.trial_rows(values.reference, first)
+            ],
             "baselines": common.baseline_rows(sweep),
             "summary": tables.offset(summary, first),
             "curve": done.curve(),
@@ -170,11 +172,14 @@ class AblateExperiment(Experiment):
                 bench.stage(f"{value}: capturing activations")
             return values_of(value, self.options, self.setting, merge(self.units))
         check_parts(value, self.options, self.setting, merge(self.units))
-        bench.stage("optimal: fitting constants")
-        fit = self.options.optimal
-        return fit_trials(
-            self.model, self.prompts, self.units, self.trials, fit, asks=self.asks, tick=bench.progress.advance
-        )
+        bench.stage(f"optimal: fitting constants, {len(self.trials)} times {self.options.optimal.steps} steps")
+        if (long := too_long(self._fit.cost)) is not None:
+            bench.warn(long)
+        return self._fit.run(bench.progress.advance)
+
+    @property
+    def _fit(self) -> Fit:
+        return Fit(self.model, self.prompts, self.units, self.trials, self.options.optimal, self.asks)
 
     def _job(
         self,
@@ -267,8 +272,11 @@ class AblateExperiment(Experiment):
         plan: dict[str, Any] = {"design": self.options.design, "units": len(self.units), "values": {}}
         for value in self.options.values:
             values = self._values(value)
-            job = self._job(value, measuring.split_members(self.prompts, values.draws), values)
+            members = measuring.split_members(self.prompts, values.draws)
+            job = self._job(value, members, values, self._left_out(value))
             plan["values"][value] = cost_of(self.loaded.config.engine, self.model, job)
+            if value == "optimal":
+                plan["values"][value]["fit"] = self._fit.cost
         return plan
 
 
@@ -320,6 +328,8 @@ def prepare(options: AblateOptions, setting: Setting) -> AblateExperiment:
     layout = lay_out(loaded, options, units, ranking)
     kept = replace(setting, prompts=prompts)
     _check_values(options, kept, units)
+    if "optimal" in options.values:
+        check_fits(loaded, options, prompts, units, layout.trials)
     _check_words(options, kept)
     return AblateExperiment(kept, options, units, layout.trials, logits, [*warnings, *layout.warnings])
 

@@ -32,7 +32,7 @@ def overlapping(units: Sequence[Unit]) -> tuple[Unit, Unit] | None:
     key/value head kv5.0, layer5 and mlp5, one unit twice), or where one edits all that is made of what the other edits:
     the heads of an attention block that is ablated do nothing (attention5 and 5.1), nor do the neurons of such an MLP,
     nor the edges into a head. Removing directions from a block's output leaves the rest of it, so that counts only
-    beside another edit of that output.
+    beside another edit of that output; directions of one site never overlap, as their span is removed.
 
     Args:
         units: The units, all of one prompt set.
@@ -76,8 +76,11 @@ def _meet(a: _Claim, b: _Claim) -> bool:
         return False
     if a.part.kind == b.part.kind == "scores":
         return _share_keys(a, b)
+    if a.part.kind == b.part.kind:
+        directions = a.unit.basis is not None and b.unit.basis is not None
+        return a.unit is b.unit or not directions
     later = max((a, b), key=lambda claim: _ORDER.index(claim.part.kind) if claim.part.kind in _ORDER else -1)
-    return a.part.kind == b.part.kind or later.unit.basis is None
+    return later.unit.basis is None
 
 
 def _share_keys(a: _Claim, b: _Claim) -> bool:

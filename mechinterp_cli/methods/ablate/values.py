@@ -15,7 +15,6 @@ from mechinterp_cli.methods.ablate.rows import Drawn, Held, Table
 from mechinterp_cli.methods.ablate.sources import Donors, donors, every_prompt, mean_set
 from mechinterp_cli.methods.ablate.units import Merged
 from mechinterp_cli.methods.experiment import Setting
-from mechinterp_cli.models.anatomy import Anatomy
 from mechinterp_cli.tasks.prompts import PromptSet
 
 OTHER = "other"
@@ -47,6 +46,10 @@ class Values(ABC):
 
     def tokens(self, members: Members) -> dict[str, Tensor]:
         """Streams of a bucket besides `clean` that the edits read, ids [prompts × draws, positions]."""
+        return {}
+
+    def facts(self, trial: int) -> dict[str, float]:
+        """What else the trials table says of a trial, by column."""
         return {}
 
     @abstractmethod
@@ -173,42 +176,31 @@ class Optimal(Values):
 
     Args:
         prompts: The experiment's prompts.
-        constants: Site to the constant of what is ablated there: [units, size] or [units] where the part has units,
-            else [*features] of the whole site; further axes of 1 do not matter.
-        anatomy: The model's.
+        constants: Site to [*features], all of the site's; those that an ablation edits are used.
     """
 
-    def __init__(self, prompts: PromptSet, constants: Mapping[Site, Tensor], anatomy: Anatomy) -> None:
+    def __init__(self, prompts: PromptSet, constants: Mapping[Site, Tensor]) -> None:
         super().__init__(prompts, "fitted constant")
         self.constants = constants
-        self.anatomy = anatomy
 
     def edits(self, merged: Merged, members: Members) -> tuple[Edit, ...]:
         """`constant`; for directions `project` and `add`."""
-        site, units = _site(merged), merged.part.units
-        whole = feature_shape(self.anatomy, site)
-        constant = self.constants[site].detach().reshape(whole if units is None else (len(units), *whole[1:]))
+        units, whole = merged.part.units, self.constants[_site(merged)].detach()
+        constant = (whole if units is None else whole[list(units)])[None, None]
         if merged.basis is None:
-            return (self._edit(merged, members, "constant", values=constant[None, None]),)
+            return (self._edit(merged, members, "constant", values=constant),)
         project = self._edit(merged, members, "project", values=merged.basis)
-        return project, self._edit(merged, members, "add", values=_along(constant[None, None], merged.basis))
+        return project, self._edit(merged, members, "add", values=_along(constant, merged.basis))
 
 
-def values_of(
-    name: ValueName,
-    options: AblateOptions,
-    setting: Setting,
-    parts: Sequence[Merged],
-    constants: Mapping[Site, Tensor] | None = None,
-) -> Values:
+def values_of(name: ValueName, options: AblateOptions, setting: Setting, parts: Sequence[Merged]) -> Values:
     """What stands in place of parts; everything that it needs of the model is captured here, in one pass.
 
     Args:
-        name: Which value.
+        name: Which value; for `optimal` zeros, as for a plan.
         options: The section.
         setting: Config, model and prompts; without `setting.compute` means and spreads are zero.
         parts: Everything that any trial edits.
-        constants: For `optimal`, by site; None: zeros, as for a plan.
 
     Raises:
         UserError: The value makes no sense for a part, or the prompts it needs are not there; names the key.
@@ -239,7 +231,7 @@ def values_of(
             spreads = {site: average.spread[0, 0] * asked_noise.scale for site, average in found.items()}
             return Noise(prompts, words, asked_noise.draws, asked_noise.seed, spreads)
         case "optimal":
-            return Optimal(prompts, _filled(constants, parts, model.anatomy), model.anatomy)
+            return Optimal(prompts, {site: torch.zeros(feature_shape(model.anatomy, site)) for site in sites})
 
 
 def check_parts(name: ValueName, options: AblateOptions, setting: Setting, parts: Sequence[Merged]) -> None:
@@ -260,17 +252,6 @@ def check_parts(name: ValueName, options: AblateOptions, setting: Setting, parts
     if name == "noise" and any(directions):
         problem = "noise: its size is measured feature by feature, which says nothing of a direction"
         raise setting.loaded.error(path, problem, "Use zero, project, mean, mean_of_prompt or resample for directions.")
-
-
-def _filled(constants: Mapping[Site, Tensor] | None, parts: Sequence[Merged], anatomy: Anatomy) -> dict[Site, Tensor]:
-    """The constants, zeros where there are none."""
-    if constants is not None:
-        return dict(constants)
-    found = {}
-    for merged in parts:
-        units, whole = merged.part.units, feature_shape(anatomy, _site(merged))
-        found[_site(merged)] = torch.zeros(whole if units is None else (len(units), *whole[1:]))
-    return found
 
 
 def _means(found: Mapping[Site, Average]) -> dict[Site, Tensor]:
