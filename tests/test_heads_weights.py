@@ -8,8 +8,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 
 from mechinterp_cli.errors import UserError
+from mechinterp_cli.methods.direct_effects import DirectEffects
 from mechinterp_cli.methods.heads.composition import COMPOSITIONS, CompositionName, compositions
-from mechinterp_cli.methods.heads.direct import DirectEffects, direct_effects
+from mechinterp_cli.methods.heads.direct import direct_effects
 from mechinterp_cli.methods.heads.successor import Series, chance, find_series, successor, successor_scores
 from mechinterp_cli.methods.heads.weights import circuits, copying, copying_eigenvalues, copying_scores, sample_tokens
 from mechinterp_cli.models.anatomy import find_anatomy
