@@ -87,6 +87,7 @@ class Inquiry:
         sites: Where.
         batching: How prompts are shared out over passes.
         check_finite: Whether an estimate that is not finite is an error.
+        tick: Told of every backward pass how many prompts (and steps) it was for.
     """
 
     model: nn.Module
@@ -98,6 +99,7 @@ class Inquiry:
     sites: frozenset[Site]
     batching: Batching = Batching()
     check_finite: bool = True
+    tick: Callable[[int], None] = lambda _items: None
 
     def passes(self) -> Iterator[Pass]:
         """The base stream, some prompts at a time."""
@@ -229,6 +231,7 @@ def atp(asked: Inquiry, *, rules: Context = nullcontext) -> Estimates:
             rules=rules,
             checkpointing=asked.batching.checkpointing,
         )
+        asked.tick(len(prompts.tokens))
         return tally.estimates(values)
 
     return asked.answered(answer)

@@ -58,7 +58,9 @@ def atp_star(asked: Inquiry, *, drop_attention: bool = False) -> Estimates:
             inside=inside,
             checkpointing=asked.batching.checkpointing,
         ) as found:
-            return _summed(found, rounds, nodes).estimates(found.values.detach())
+            estimates = _summed(found, rounds, nodes).estimates(found.values.detach())
+        asked.tick(len(prompts.tokens))
+        return estimates
 
     return asked.answered(answer)
 
@@ -76,6 +78,17 @@ class _Round:
     silenced: frozenset[Site]
     nodes: frozenset[Site]
     weights: Mapping[Site, float] | None
+
+
+def check_layers(anatomy: Anatomy, sites: Collection[Site]) -> None:
+    """Refuse nodes for which layers lack what these methods need.
+
+    Raises:
+        UserError: Names the layer, and why.
+    """
+    fixed = frozenset(site for site in sites if site.kind in FIXED_KINDS)
+    _patterns(anatomy, fixed)
+    _rounds(anatomy, fixed, frozenset(sites) - fixed)
 
 
 def _rounds(anatomy: Anatomy, signed: frozenset[Site], dropped: frozenset[Site]) -> list[_Round]:

@@ -141,4 +141,5 @@ class _Line:
                 use,
                 checkpointing=asked.batching.checkpointing,
             )
+            asked.tick(len(chunk) * len(self.base))
         return tally

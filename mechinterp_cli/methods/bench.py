@@ -63,10 +63,27 @@ class Bench:
         self.run.warn(f"{self.moment.heading}{text}")
 
     def note(self, facts: dict[str, Any]) -> None:
-        """Put something else that was proved of this model into the manifest."""
-        key = {"checkpoint": self.moment.name, "job": None}
-        known = next((part for part in self._noted if _is(part, key)), key)
-        self._put(key, {**known, **facts})
+        """Put something else that was proved or decided of this model into the manifest."""
+        self._put(self._key, {**self._key, **self.facts, **facts})
+
+    @property
+    def _key(self) -> dict[str, Any]:
+        """Where `note` puts things."""
+        return {"checkpoint": self.moment.name, "job": None}
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What was noted of this model."""
+        return next((part for part in self._noted if _is(part, self._key)), {})
+
+    @property
+    def recorded_facts(self) -> dict[str, Any]:
+        """What an earlier run, or a process before this one, had noted of this model."""
+        return next((part for part in self.recorded if _is(part, self._key)), {})
+
+    def unit_key(self, name: str) -> str:
+        """The key of a unit of work that is no job's: lower-case letters, digits and `-`."""
+        return self._prefix(self.part) + name
 
     @property
     def _noted(self) -> list[dict[str, Any]]:

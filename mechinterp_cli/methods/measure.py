@@ -157,6 +157,17 @@ class Metrics:
 
         return measure
 
+    def of_stream(self, model: LoadedModel, tokens: Tensor, members: Sequence[int]) -> Tensor:
+        """[prompts, metrics] of prompts of one length as they are, on the CPU.
+
+        Args:
+            model: The model.
+            tokens: Ids [prompts, positions].
+            members: Which of the set's prompts they are.
+        """
+        logits = last_logits(model.model, tokens).to(device_of(model.model))
+        return self.measurer(logits, torch.tensor(members, device=logits.device)).cpu()
+
 
 def needs_clean_logits(loaded: LoadedConfig) -> bool:
     """Whether a metric compares with the clean run's whole distribution."""

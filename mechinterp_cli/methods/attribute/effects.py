@@ -95,15 +95,23 @@ class Effects:
         """Normalised where something normalises, else the mean."""
         return self.mean if self.normalized is None else self.normalized
 
-    def intervals(self, clusters: Sequence[str]) -> tuple[Floats, Floats]:
+    def strongest(self, count: int) -> npt.NDArray[np.bool_]:
+        """Which nodes are among those with the largest `best`."""
+        chosen = np.zeros(len(self.best), dtype=np.bool_)
+        chosen[np.argsort(-np.nan_to_num(np.abs(self.best)), kind="stable")[:count]] = True
+        return chosen
+
+    def intervals(self, clusters: Sequence[str], wanted: npt.NDArray[np.bool_]) -> tuple[Floats, Floats]:
         """Ends of each node's interval of `best` over prompts; NaN where there is none.
 
         Args:
             clusters: Of the prompts; resampled together.
+            wanted: Which nodes get one.
         """
         low, high = np.full(len(self.effects), np.nan), np.full(len(self.effects), np.nan)
         below, names = self.scale.denominators, np.asarray(clusters, dtype=object)
-        for rows, prompts in self._alike():
+        for alike, prompts in self._alike():
+            rows = alike[wanted[alike]]
             chosen = None if below is None else below[prompts]
             found = estimate(self.effects[np.ix_(rows, prompts)], chosen, names[prompts].tolist(), self.scale.stats)
             low[rows], high[rows] = found.low, found.high

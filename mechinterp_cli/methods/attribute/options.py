@@ -33,7 +33,9 @@ class VerifyOptions(BaseConfig):
     `stats.smallest_effect`, where effects are normalised."""
     subsets: Index = 0
     """So many random subsets of the nodes that are not verified are patched together, each beside the sum of its
-    estimates (the idea of the AtP* paper's diagnostic, 2403.00745)."""
+    estimates (the idea of the AtP* paper's diagnostic, 2403.00745): effects that estimates miss show there."""
+    subset_size: Count = 8
+    """How many nodes a subset has."""
 
 
 class DirectOptions(BaseConfig):
@@ -41,6 +43,9 @@ class DirectOptions(BaseConfig):
 
     neurons: Flag = False
     """Split each MLP's part into its neurons'."""
+    top: Count | Literal["all"] = 100
+    """With `neurons`: so many of all layers' neurons have rows of their own, those whose parts are largest in size over
+    prompts; each layer's others are summed. `all`: every neuron."""
     sources: Flag = False
     """Split each head's part by the token it attends to."""
 
@@ -50,6 +55,8 @@ class LensOptions(BaseConfig):
 
     kinds: Annotated[tuple[LensKind, ...], Field(min_length=1), AfterValidator(unique)] = ("resid_post",)
     """Which streams."""
+    layers: Literal["all"] | Annotated[tuple[Index, ...], Field(min_length=1), AfterValidator(unique)] = "all"
+    """`all`, or a list; `embed` is there once, whatever they are."""
     positions: Positions = "last"
     """`each`, `all`, `last`, or positions and spans by name."""
     top: Count = 5

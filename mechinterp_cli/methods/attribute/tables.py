@@ -11,6 +11,7 @@ import pandas as pd
 import pyarrow as pa
 
 from mechinterp_cli.methods.attribute.effects import Effects, Scale
+from mechinterp_cli.methods.attribute.exact import Selection
 from mechinterp_cli.methods.attribute.nodes import Nodes
 from mechinterp_cli.methods.attribute.verify import Choice, Verified
 from mechinterp_cli.methods.specs import TrialSpec
@@ -24,6 +25,8 @@ Floats = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]
 Row = dict[str, Any]
 _PLACES = ("position", "span", "template")
+INTERVALS = 20_000
+"""So many nodes, those with the largest estimates, get intervals: of a million nodes they would take minutes."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,11 +37,13 @@ class Estimates:
         name: Which.
         steps: Of integrated gradients; else None.
         values: [metrics, nodes, prompts], 0 where a node is known to do nothing.
+        signless: Kinds of sites whose estimates are sizes.
     """
 
     name: str
     steps: int | None
     values: Floats
+    signless: frozenset[str] = frozenset()
 
     @property
     def about(self) -> Row:
@@ -51,12 +56,27 @@ class Exact:
     """What was computed exactly.
 
     Args:
-        choice: Which nodes, and why.
-        values: [metrics, chosen, prompts], effects.
+        selection: Which nodes, and which sets of nodes.
+        effects: [metrics, chosen and sets, prompts].
     """
 
-    choice: Choice
-    values: Floats
+    selection: Selection
+    effects: Floats
+
+    @property
+    def choice(self) -> Choice:
+        """Which nodes, and why."""
+        return self.selection.choice
+
+    @property
+    def values(self) -> Floats:
+        """[metrics, chosen, prompts]: the effects of single nodes."""
+        return self.effects[:, : len(self.choice.nodes)]
+
+    @property
+    def together(self) -> Floats:
+        """[metrics, sets, prompts]: the effects of sets of nodes."""
+        return self.effects[:, len(self.choice.nodes) :]
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,6 +144,7 @@ class Attribution:
                     self.exact_effects(self.exact, metric),
                     estimates.name,
                     self.threshold,
+                    estimates.signless,
                 )
 
 
@@ -206,7 +227,8 @@ def _summarised(attribution: Attribution, estimates: Estimates, metric: int, mem
     """The columns of all nodes on some prompts."""
     found = _part(attribution.effects(estimates, metric), members)
     clusters = [attribution.clusters[i] for i in members]
-    low, high = found.intervals(clusters)
+    wanted = found.strongest(INTERVALS)
+    low, high = found.intervals(clusters, wanted)
     n = found.n
     with np.errstate(invalid="ignore", divide="ignore"):
         base = np.where(found.present, found.scale.base, 0.0).sum(1) / n
@@ -224,7 +246,7 @@ def _summarised(attribution: Attribution, estimates: Estimates, metric: int, mem
         "clusters": np.full(len(n), len(set(clusters))),
         "ci_low": _nullable(low),
         "ci_high": _nullable(high),
-        "ci_method": np.where(np.isnan(low), "undefined", stats.interval).astype(object),
+        "ci_method": np.where(wanted, np.where(np.isnan(low), "undefined", stats.interval), "none").astype(object),
         "status": np.where(undefined, "undefined", np.where(idle, "trivial", "ok")).astype(object),
     }
     return columns | _exact_columns(attribution, estimates, metric, members)
@@ -325,3 +347,43 @@ def _numbers(
 
 def _column(values: Floats) -> pa.Array:
     return pa.array(values, mask=np.isnan(values), from_pandas=False)
+
+
+def subsets(attribution: Attribution) -> list[Row]:
+    """One row per set of nodes that was patched together: its effect beside the sum of its nodes' estimates.
+
+    Both are normalised where something normalises. Where an estimator gives sizes alone there is no such sum.
+    """
+    exact = attribution.exact
+    if exact is None:
+        return []
+    rows = []
+    for estimates in attribution.estimates:
+        for metric, name in enumerate(attribution.metrics):
+            scale, sets = attribution.scales[metric], exact.selection.subsets
+            status = np.full((len(sets), len(attribution.clusters)), Status.OK, dtype=np.int8)
+            sums = np.array([estimates.values[metric, nodes].sum(0) for nodes in sets]).reshape(status.shape)
+            summed = Effects(sums, status, scale).best
+            measured = Effects(exact.together[metric], status, scale).best
+            for number, nodes in enumerate(sets):
+                signed = not estimates.signless.intersection(attribution.nodes.kinds[nodes])
+                about: Row = {**estimates.about, "metric": name, "subset": number, "size": len(nodes)}
+                estimate = _known(summed[number]) if signed else None
+                rows.append({**about, "estimate": estimate, "exact": _known(measured[number])})
+    return rows
+
+
+def _known(number: float) -> float | None:
+    return float(number) if np.isfinite(number) else None
+
+
+def strongest_nodes(attribution: Attribution, count: int) -> Integers:
+    """The nodes with the largest estimates of the first metric, by any estimator.
+
+    Args:
+        attribution: The estimates.
+        count: So many of each estimator.
+    """
+    best = [np.nan_to_num(np.abs(attribution.effects(estimates, 0).best)) for estimates in attribution.estimates]
+    top = [np.argsort(-sizes, kind="stable")[:count] for sizes in best]
+    return np.unique(np.concatenate(top)).astype(np.int64)

@@ -1,7 +1,7 @@
 """Estimates beside exact effects: which nodes are computed exactly, and what that says of all the others."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -105,6 +105,7 @@ class Verified:
         exact: Of the chosen ones.
         estimator: Its name.
         threshold: The smallest effect of interest; None where nobody can say.
+        signless: Kinds of sites of which the estimator gives sizes: they are compared with the exact effects' sizes.
     """
 
     about: Row
@@ -115,6 +116,7 @@ class Verified:
     exact: Effects
     estimator: str
     threshold: float | None
+    signless: frozenset[str] = frozenset()
 
     @cached_property
     def kinds(self) -> list[str]:
@@ -140,7 +142,12 @@ class Verified:
             for part, mask in (("random", self.choice.random), ("top", self.choice.top[self.estimator])):
                 rows = mask & known & self._of(kind, chosen_kinds)
                 estimate, exact = self.estimate[rows], self.exact.best[rows]
+                signless = bool(self.signless.intersection(chosen_kinds[rows]))
+                if signless:
+                    estimate, exact = np.abs(estimate), np.abs(exact)
                 found = agree(estimate, exact, floor=self.threshold or 0.0)
+                if signless:
+                    found = replace(found, sign_agreement=None, sign_rows=0)
                 yield {**self.about, "site": kind, "part": part, "nodes": nodes, **self._told(found, exact)}
 
     def _told(self, found: Agreement, exact: Floats) -> Row:
@@ -156,7 +163,7 @@ class Verified:
             "mean_difference": found.mean_difference,
             "above": above,
             "threshold": self.threshold,
-            "reason": "; ".join(found.undefined) or None,
+            "reason": "; ".join(reason for reason in found.undefined if not reason.startswith("top")) or None,
         }
 
     def missed(self) -> Iterator[Row]:
