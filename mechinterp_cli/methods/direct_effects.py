@@ -222,11 +222,13 @@ def direct_effects(
         native = max(native, batch.deviation())
         for name, values in batch.parts().items():
             whole = found.setdefault(name, torch.empty(len(prompts), *values.shape[1:], dtype=torch.float64))
-            whole[members] = values.double().cpu()
+            whole[members] = values.cpu().double()
         for split in splits:
             split.take(batch, members)
         done += len(members)
         tick(done)
+    if not bool(found["total"].isfinite().all()):
+        return "this model gives NaN or infinity on these prompts"
     if not native <= ADDITIVE:
         return "this model's logits on these prompts are not its output head's product times one number"
     layers = range(paths.model.anatomy.n_layers)

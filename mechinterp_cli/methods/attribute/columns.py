@@ -69,7 +69,8 @@ register_columns(
     [*_ESTIMATOR, column("metric", _TEXT, required=True), *_counts("subset", "size"), *_reals("estimate", "exact")],
     keys=("estimator", "metric", "subset"),
 )
-# Direct logit attribution.
+# Direct logit attribution: rows of one `part_of` sum to the component of that name.
+_COMPONENT = [column("component", _TEXT, required=True), column("part_of", _TEXT)]
 register_columns(
     "attribute",
     "direct",
@@ -77,39 +78,89 @@ register_columns(
         *_counts("prompt"),
         column("cluster", _TEXT),
         column("group", _TEXT),
-        column("component", _TEXT, required=True),
+        *_COMPONENT,
         *(column(name, _INDEX) for name in ("layer", "head", "neuron", "source_position")),
-        column("source_token", _TEXT),
+        *(column(name, _TEXT) for name in ("source_token", "source_span")),
         *_reals("value"),
     ],
     keys=("prompt", "component", "layer", "head", "neuron", "source_position"),
 )
-# Logit lens.
+# Its means over prompts, of all and of each group.
+register_columns(
+    "attribute",
+    "components",
+    [
+        column("group", _TEXT, required=True),
+        *_COMPONENT,
+        *(column(name, _INDEX) for name in ("layer", "head", "neuron")),
+        column("source_span", _TEXT),
+        *_reals("value"),
+        *_counts("n", "clusters"),
+        *_reals("ci_low", "ci_high"),
+        column("ci_method", _TEXT, required=True),
+    ],
+    keys=("group", "component", "layer", "head", "neuron", "source_span"),
+)
+# Logit lens: a row per token that is likeliest; what is said of the answer is the same in each.
 register_columns(
     "attribute",
     "lens",
     [
         *_counts("prompt"),
         column("site", _TEXT, required=True),
-        *_counts("layer", "position", "rank", "token_id"),
+        *_counts("layer", "position"),
+        column("span", _TEXT),
+        *_counts("rank", "token_id"),
         column("token", _TEXT),
-        *_reals("probability", "answer_probability", "kl"),
+        *_reals("probability", "answer_probability"),
         column("answer_rank", _INDEX),
+        *_reals("kl"),
     ],
     keys=("prompt", "site", "layer", "position", "rank"),
 )
 # Attribution to the prompt's tokens.
+_TOKENS = [
+    column("estimator", _TEXT, required=True),
+    column("steps", _INDEX),
+    column("baseline", _TEXT),  # what an absent token is; null for rollout
+    column("metric", _TEXT, required=True),  # `attention` for rollout, which knows no metric
+]
 register_columns(
     "attribute",
     "inputs",
     [
         *_counts("prompt"),
-        column("estimator", _TEXT, required=True),
-        column("steps", _INDEX),
-        column("metric", _TEXT, required=True),
+        *(column(name, _TEXT) for name in ("cluster", "group", "template")),
+        *_TOKENS,
         *_counts("position"),
         column("token", _TEXT, required=True),
-        *_reals("value"),
+        *_reals("value", "share"),
     ],
     keys=("prompt", "estimator", "metric", "position"),
+)
+# Sums of integrated gradients over a prompt's tokens, beside the difference that they should be.
+register_columns(
+    "attribute",
+    "input_completeness",
+    [
+        *_counts("prompt"),
+        *(column(name, _TEXT) for name in ("cluster", "group")),
+        *_TOKENS,
+        *_reals("input", "baseline_value", "difference", "sum", "error", "relative_error"),
+    ],
+    keys=("prompt", "estimator", "metric"),
+)
+# Means over prompts, of spans and positions.
+register_columns(
+    "attribute",
+    "input_spans",
+    [
+        *_TOKENS,
+        column("template", _TEXT),
+        column("span", _TEXT),
+        column("position", _INDEX),
+        *_reals("mean", "ci_low", "ci_high"),
+        *_counts("n", "clusters"),
+    ],
+    keys=("estimator", "metric", "template", "span", "position"),
 )

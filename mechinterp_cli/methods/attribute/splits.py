@@ -82,8 +82,8 @@ class Neurons:
             self.sums[layer], self.bias[layer] = np.empty(self.prompts), np.empty(self.prompts)
         at = list(members)
         self.by_layer[layer][at] = parts.float().cpu().numpy()
-        self.sums[layer][at] = parts.double().cpu().sum(1).numpy()
-        self.bias[layer][at] = bias.double().cpu().numpy()
+        self.sums[layer][at] = parts.cpu().double().sum(1).numpy()
+        self.bias[layer][at] = bias.cpu().double().numpy()
 
     def strongest(self, top: int | None) -> dict[int, list[int]]:
         """The neurons with the largest mean size of their parts over prompts, by layer; all of them where None."""
@@ -142,7 +142,7 @@ class Sources:
             z = batch.seen[Site("z", site.layer)]
             self._check(parts, (z * directions[site.layer]).sum(-1))
             for row, prompt in enumerate(members):
-                self.by_prompt.setdefault(prompt, {})[site.layer] = parts[row].double().cpu().numpy()
+                self.by_prompt.setdefault(prompt, {})[site.layer] = parts[row].cpu().double().numpy()
 
         wanted = kinds_by_layer({Site(kind, layer) for layer in directions for kind in ("v", "pattern")})
         model = batch.paths.model
