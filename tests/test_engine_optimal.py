@@ -1,12 +1,14 @@
 """Optimal constants: known optima, gradients, what is left behind, and what an executor makes of the result."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 from benchmarks.tiny import tiny_tokens
@@ -15,7 +17,7 @@ from mechinterp_cli.engine.constants import Constants, constant_edits
 from mechinterp_cli.engine.edits import Bucket, Edit, Site, Trial
 from mechinterp_cli.engine.instrument import read_sites
 from mechinterp_cli.engine.losses import Batch, kl_to_clean, next_token_loss
-from mechinterp_cli.engine.optimal import ConstantFitter, Fitted, fit_constants
+from mechinterp_cli.engine.optimal import ConstantFitter, Fitted, batch_size, fit_constants, fit_flops
 from mechinterp_cli.errors import RunError, UserError
 from mechinterp_cli.models.anatomy import Anatomy, find_anatomy
 from mechinterp_cli.models.loaded import LoadedModel
@@ -142,6 +144,94 @@ def test_on_the_toy_model_the_optimum_beats_the_mean_which_mostly_beats_zero(
         )
         assert fitted.after < min(fitted.start, fitted.zero), site
         assert fitted.start < fitted.zero or site == Site("z", 1), site
+
+
+def directions(count: int) -> Tensor:
+    """Orthonormal rows [count, d_model]."""
+    rows = torch.randn(32, count, generator=torch.Generator().manual_seed(count))
+    return torch.linalg.qr(rows)[0].T.contiguous()
+
+
+def projected(site: Site, basis: Tensor) -> Edit:
+    return replace(edit(site), op="project", values=basis)
+
+
+def test_a_constant_in_place_of_directions_is_put_along_them_alone(llama: tuple[PreTrainedModel, Anatomy]) -> None:
+    model, anatomy = llama
+    site, buckets, basis = Site("resid_post", 1), two_buckets(), directions(2)
+    start = means(model, anatomy, buckets, site)
+    fitter = ConstantFitter(model, anatomy, buckets, kl_to_clean)
+    fitted = fitter.fit([[projected(site, basis)]] * 2, start, steps=25, rate=0.1, seed=0)
+    moved = fitted.constants[site] - start[site]
+    across = moved - moved @ basis.T @ basis
+    # What stands across the directions is never put, so no gradient moves it.
+    losses = []
+    for constant in (fitted.constants[site], start[site], fitted.constants[site] + 10 * across, basis.sum(0) * 0):
+        losses.append(float(fitter.mean_loss([[projected(site, basis)]] * 2, {site: constant})))
+        by_hand = loss_along(model, buckets, site, basis, constant)
+        assert losses[-1] == pytest.approx(by_hand, rel=1e-4)
+    assert losses[:2] == pytest.approx([fitted.after, fitted.start], rel=1e-5)
+    assert losses[2] == pytest.approx(losses[0], rel=1e-4)
+    assert losses[3] == pytest.approx(fitted.zero, rel=1e-5)
+    assert fitted.after < min(fitted.start, fitted.zero)
+    # A positive control: the whole constant is another ablation.
+    whole = float(fitter.mean_loss([[edit(site)]] * 2, {site: fitted.constants[site]}))
+    assert whole > 2 * fitted.after
+
+
+@torch.no_grad()
+def forward_logits(model: nn.Module, tokens: Tensor) -> Tensor:
+    return forward(model, tokens)
+
+
+def loss_along(model: nn.Module, buckets: Sequence[Bucket], site: Site, basis: Tensor, constant: Tensor) -> float:
+    """The mean divergence with a component put at the spots by a hook on the layer."""
+    layers: Any = model.get_submodule("model.layers")
+    losses = []
+    for bucket in buckets:
+        tokens = bucket.tokens["clean"]
+        clean = forward_logits(model, tokens).double().log_softmax(-1)
+
+        def hook(module: nn.Module, inputs: Any, output: Any) -> Any:
+            hidden = (output[0] if isinstance(output, tuple) else output).clone()
+            for prompt, spots in enumerate(SPOTS):
+                for at in spots:
+                    hidden[prompt, at] += (constant - hidden[prompt, at]) @ basis.T @ basis
+            return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+        handle = layers[site.layer].register_forward_hook(hook)
+        edited = forward_logits(model, tokens).double().log_softmax(-1)
+        handle.remove()
+        losses += (clean.exp() * (clean - edited)).sum(-1).mean(1).tolist()
+    return sum(losses) / len(losses)
+
+
+def test_directions_that_span_everything_are_fitted_as_the_whole_site(llama: tuple[PreTrainedModel, Anatomy]) -> None:
+    model, anatomy = llama
+    site, buckets = Site("resid_post", 1), two_buckets()
+    start = means(model, anatomy, buckets, site)
+    every = [
+        fit_constants(model, anatomy, buckets, [[one]] * 2, start, kl_to_clean, steps=8, rate=0.1, seed=0)
+        for one in (projected(site, torch.eye(32)), edit(site))
+    ]
+    assert every[0].after == pytest.approx(every[1].after, rel=1e-4)
+    torch.testing.assert_close(every[0].constants[site], every[1].constants[site], atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize(("layer", "steps"), [(0, 4), (0, 16), (2, 16)])
+@pytest.mark.parametrize("count", [6, 34])
+def test_what_a_fit_costs_is_known_before(layer: int, steps: int, count: int) -> None:
+    model = build("llama")
+    anatomy = find_anatomy(model)
+    buckets = [bucket_of(tiny_tokens(batch=count, length=30, seed=1))]
+    assert (batch_size(buckets[0], anatomy) < count) == (count == 34)
+    site = Site("z", layer)
+    start = means(model, anatomy, buckets, site)
+    fitter = ConstantFitter(model, anatomy, buckets, kl_to_clean)
+    edits = [[edit(site, (1,), [range(30)] * count)]]
+    with FlopCounterMode(display=False) as counter:
+        fitter.fit(edits, start, steps=steps, rate=0.1, seed=0)
+    assert fit_flops(model, anatomy, buckets, layer, steps) == pytest.approx(counter.get_total_flops(), rel=0.3)
 
 
 @pytest.mark.parametrize("executor", ["packed", "hooks"])

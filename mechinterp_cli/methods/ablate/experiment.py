@@ -172,10 +172,12 @@ class AblateExperiment(Experiment):
                 bench.stage(f"{value}: capturing activations")
             return values_of(value, self.options, self.setting, merge(self.units))
         check_parts(value, self.options, self.setting, merge(self.units))
-        bench.stage(f"optimal: fitting constants, {len(self.trials)} times {self.options.optimal.steps} steps")
-        if (long := too_long(self._fit.cost)) is not None:
+        fit = self._fit
+        cost = fit.cost
+        bench.stage(f"optimal: fitting constants, {cost['fits']} times {cost['steps']} steps")
+        if (long := too_long(cost)) is not None:
             bench.warn(long)
-        return self._fit.run(bench.progress.advance)
+        return fit.run(bench.progress.advance)
 
     @property
     def _fit(self) -> Fit:

@@ -57,7 +57,7 @@ def check_fits(
         UserError: Names the trial's units.
     """
     chosen = fitting_prompts(options.optimal, len(prompts.prompts))
-    for trial in trials:
+    for trial in _editing(trials):
         if not any(units[unit].place.positions[prompt] for unit in trial.units for prompt in chosen):
             names = "+".join(units[unit].name for unit in trial.units)
             problem = f"{names} is in none of the {len(chosen)} prompts that constants are fitted on"
@@ -85,8 +85,13 @@ class Fitted(Values):
         return Optimal(self.prompts, self.by_trial[trial.index].constants)
 
     def facts(self, trial: int) -> dict[str, float]:
-        """What was made small on the prompts that are fitted on: with the mean in place, with zeros, and in the end."""
-        fit = self.by_trial[trial]
+        """What was made small on the prompts that are fitted on: with the mean in place, with zeros, and in the end.
+
+        Nothing of a trial that edits nothing.
+        """
+        fit = self.by_trial.get(trial)
+        if fit is None:
+            return {}
         return {"fit_mean": fit.start, "fit_zero": fit.zero, "fit_loss": fit.after, "fit_prompts": fit.prompts}
 
     def edits(self, merged: Merged, members: Members) -> tuple[Edit, ...]:
@@ -139,13 +144,14 @@ class Fit:
         """Fits, steps, FLOPs and seconds, about; one matrix product is timed."""
         steps, model = self.options.steps, self.model
         layers = Counter(
-            min(part.layer for unit in trial.units for part in self.units[unit].parts) for trial in self.trials
+            min(part.layer for unit in trial.units for part in self.units[unit].parts)
+            for trial in _editing(self.trials)
         )
         flops = sum(
             count * fit_flops(model.model, model.anatomy, self.buckets, layer, steps) for layer, count in layers.items()
         )
         return {
-            "fits": len(self.trials),
+            "fits": layers.total(),
             "steps": steps,
             "prompts": sum(map(len, self.members)),
             "flops": flops,
@@ -168,12 +174,13 @@ class Fit:
         loss = kl_to_clean if self.asks else next_token_loss
         fitter = engine.ConstantFitter(model.model, model.anatomy, self.buckets, loss)
         found: dict[int, engine.Fitted] = {}
-        steps, total = self.options.steps, len(self.trials) * self.options.steps
+        trials, steps = _editing(self.trials), self.options.steps
+        total = len(trials) * steps
 
         def told(step: int) -> None:
             tick(min(total, len(found) * steps + step + 1), total)
 
-        for trial in self.trials:
+        for trial in trials:
             edits = self._edits(trial)
             own = {edit.site: start[edit.site] for some in edits for edit in some}
             how = {"steps": steps, "seed": self.options.seed}
@@ -185,6 +192,11 @@ class Fit:
         zero = Zero(self.prompts, "")
         merged = merge([self.units[unit] for unit in trial.units])
         return [[edit for one in merged for edit in zero.edits(one, bucket)] for bucket in self.members]
+
+
+def _editing(trials: Sequence[Ablation]) -> list[Ablation]:
+    """Without the one that keeps everything, which has no constant."""
+    return [trial for trial in trials if trial.units]
 
 
 def _all_reads(tokens: Tensor) -> Tensor:
