@@ -143,7 +143,8 @@ def graph(
         prompts: What is run.
         metric: What is differentiated.
         sites: Where gradients are wanted.
-        rules: Entered before the sites are visited, so that what it changes is computed between them.
+        rules: Entered before the sites are visited, so that what it changes is computed between them, and before
+            checkpointing, so that it holds where layers are computed again.
         inside: Entered after that, so that it sees what the model itself hands over.
         checkpointing: As in `differentiated`.
 
@@ -156,8 +157,8 @@ def graph(
         stack.enter_context(torch.enable_grad())
         stack.enter_context(_frozen(model))
         stack.callback(found.close)
-        stack.enter_context(_checkpointed(model, anatomy) if checkpointing else nullcontext())
         stack.enter_context(rules())
+        stack.enter_context(_checkpointed(model, anatomy) if checkpointing else nullcontext())
         stack.enter_context(visiting(model, anatomy, kinds_by_layer(found.visited), found.visit))
         stack.enter_context(inside())
         found.measure(metric(prompts.logits(model), prompts.prompts.to(device_of(model))))
