@@ -224,6 +224,8 @@ def _write(run: RunRecorder, prepared: Prepared, parts: Sequence[dict[str, pa.Ta
     for name, picture in view.pictures:
         for form in config.output.figures:
             run.write_file(f"figures/{name}.{form}", picture.png() if form == "png" else picture.svg())
+    for name, page in view.pages if config.output.figures else ():
+        run.write_file(f"figures/{name}.html", page.encode("utf-8", "backslashreplace"))
     return view
 
 

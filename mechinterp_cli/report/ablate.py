@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import pandas as pd
 from rich.console import Group
@@ -64,6 +64,9 @@ class AblateView:
     """What is ablated: `heads`; `units` where there are several kinds."""
     count: int
     """How many of the strongest are listed."""
+
+    pages: ClassVar[Sequence[tuple[str, str]]] = ()
+    """No page of its own."""
 
     @property
     def pictures(self) -> Sequence[tuple[str, Picture]]:

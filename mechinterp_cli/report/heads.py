@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
@@ -60,6 +60,9 @@ class HeadsView:
     """Model and task, for subtitles."""
     count: int
     """How many of the strongest heads are listed."""
+
+    pages: ClassVar[Sequence[tuple[str, str]]] = ()
+    """No page of its own."""
 
     @property
     def scores(self) -> list[str]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import pandas as pd
 
@@ -36,6 +36,9 @@ class PatchView:
     """Those of the run; `rows` are of the last."""
     about: tuple[str, ...]
     """Task and model, for the subtitle of what is drawn along training."""
+
+    pages: ClassVar[Sequence[tuple[str, str]]] = ()
+    """No page of its own."""
 
     @property
     def pictures(self) -> Sequence[tuple[str, Picture]]:

@@ -111,7 +111,7 @@ def _cell(value: float, status: str, colours: ColourScale, width: int, plain: bo
         mark = STATE_MARKS.get(status, "?")[: width - 1]
         return Text(mark.rjust(width), style="" if plain else "dim")
     number = _number(value, width)
-    return Text(number.rjust(width), style="" if plain else _colour(colours.share(value)))
+    return Text(number.rjust(width), style="" if plain else shade(colours.share(value)))
 
 
 def _number(value: float, width: int) -> str:
@@ -123,8 +123,12 @@ def _number(value: float, width: int) -> str:
     return hundredths if len(hundredths) < width else (">>" if value > 0 else "<<")[: width - 1]
 
 
-def _colour(share: float) -> Style:
-    """White at 0 to full colour at ±1; dark or light letters, whichever reads better."""
+def shade(share: float) -> Style:
+    """White at 0 to full colour at ±1; dark or light letters, whichever reads better.
+
+    Args:
+        share: As `ColourScale.share` gives it.
+    """
     strength = min(1.0, abs(share))
     end = POSITIVE if share > 0 else NEGATIVE
     red, green, blue = (round(w + (e - w) * strength) for w, e in zip(WHITE, end, strict=True))

@@ -12,6 +12,8 @@ import pandas as pd
 
 from mechinterp_cli.errors import UserError
 from mechinterp_cli.report.ablate import ablate_view
+from mechinterp_cli.report.attribute import TABLES as ATTRIBUTE_TABLES
+from mechinterp_cli.report.attribute import attribute_view
 from mechinterp_cli.report.heads import heads_view
 from mechinterp_cli.report.patch import patch_view
 from mechinterp_cli.report.shapes import Picture
@@ -28,6 +30,10 @@ class View(Protocol):
     @property
     def pictures(self) -> Sequence[tuple[str, Picture]]:
         """(file name without ending, picture), in order."""
+
+    @property
+    def pages(self) -> Sequence[tuple[str, str]]:
+        """(file name without ending, HTML), in order; mostly none."""
 
     def draw(self, width: int, plain: bool) -> Iterator[Any]:
         """What rich prints, for a terminal of so many columns; plain is ASCII without colour."""
@@ -53,6 +59,7 @@ VIEWS: Mapping[str, ViewSource] = {
     "patch": ViewSource(patch_view, needs=("summary", "prompts")),
     "heads": ViewSource(heads_view, needs=("scores",), uses=("patterns", "prompts", "causal", "summary", "baselines")),
     "ablate": ViewSource(ablate_view, needs=("summary", "prompts"), uses=_ABLATE),
+    "attribute": ViewSource(attribute_view, needs=("prompts",), uses=ATTRIBUTE_TABLES),
 }
 """By subcommand."""
 
