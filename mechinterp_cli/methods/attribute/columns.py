@@ -85,6 +85,8 @@ register_columns(
     ],
     keys=("prompt", "component", "layer", "head", "neuron", "source_position"),
 )
+_MEAN = [*_reals("value"), *_counts("n", "clusters"), *_reals("ci_low", "ci_high")]
+_MEAN.append(column("ci_method", _TEXT, required=True))
 # Its means over prompts, of all and of each group.
 register_columns(
     "attribute",
@@ -93,13 +95,21 @@ register_columns(
         column("group", _TEXT, required=True),
         *_COMPONENT,
         *(column(name, _INDEX) for name in ("layer", "head", "neuron")),
-        column("source_span", _TEXT),
-        *_reals("value"),
-        *_counts("n", "clusters"),
-        *_reals("ci_low", "ci_high"),
-        column("ci_method", _TEXT, required=True),
+        *_MEAN,
     ],
-    keys=("group", "component", "layer", "head", "neuron", "source_span"),
+    keys=("group", "component", "layer", "head", "neuron"),
+)
+# Means of heads' parts by the span that a head attends to.
+register_columns(
+    "attribute",
+    "sources",
+    [
+        column("group", _TEXT, required=True),
+        *_counts("layer", "head"),
+        column("source_span", _TEXT, required=True),
+        *_MEAN,
+    ],
+    keys=("group", "layer", "head", "source_span"),
 )
 # Logit lens: a row per token that is likeliest; what is said of the answer is the same in each.
 register_columns(

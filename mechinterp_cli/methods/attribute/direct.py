@@ -7,8 +7,8 @@ from typing import Any
 from mechinterp_cli.errors import RunError
 from mechinterp_cli.methods.attribute.options import DirectOptions
 from mechinterp_cli.methods.attribute.parts import (
-    components_table,
     direct_table,
+    means_table,
     neuron_parts,
     parts_of,
     span_parts,
@@ -93,7 +93,8 @@ def direct_tables(options: DirectOptions, setting: Setting, bench: Bench) -> dic
         bench: Told of progress, warnings and what was proved.
 
     Returns:
-        Tables `direct` and `components`.
+        Tables `direct` and `components`, and with `sources` the table of that name: means by the span that a head
+        attends to.
 
     Raises:
         UserError: The model's logits are not of the form that has parts.
@@ -106,13 +107,16 @@ def direct_tables(options: DirectOptions, setting: Setting, bench: Bench) -> dic
     parts = parts_of(found.effects, anatomy)
     if found.neurons is not None and found.neurons.by_layer:
         parts += neuron_parts(found.neurons, None if options.top == "all" else options.top)
-    by_span = [] if found.sources is None else span_parts(found.sources, prompts.prompts)
     encoder = Encoder.of(setting.model.tokenizer, add_bos=False, vocab_size=anatomy.vocab_size)
     tokens = [encoder.strings(prompt.clean_tokens) for prompt in prompts.prompts]
-    return {
+    stats = setting.loaded.config.stats
+    tables = {
         "direct": direct_table(parts, found.sources, prompts.prompts, tokens),
-        "components": components_table([*parts, *by_span], prompts, setting.loaded.config.stats),
+        "components": means_table(parts, prompts, stats),
     }
+    if found.sources is not None and found.sources.by_prompt:
+        tables["sources"] = means_table(span_parts(found.sources, prompts.prompts), prompts, stats)
+    return tables
 
 
 def _compute(options: DirectOptions, setting: Setting, bench: Bench) -> _Found:

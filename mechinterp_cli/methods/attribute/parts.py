@@ -1,4 +1,4 @@
-"""Direct effects as tables: `direct`, a row per prompt and component, and `components`, means over prompts."""
+"""Direct effects as tables: a row per prompt and component, and means over prompts."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -193,15 +193,23 @@ def _named(part: Part, n: int) -> dict[str, pa.Array]:
     return {name: pa.repeat(pa.scalar(value, pa.string()), n) for name, value in values.items()}
 
 
+def _which(part: Part, n: int) -> dict[str, pa.Array]:
+    """The columns that say which components they are."""
+    if part.spans is None:
+        return _named(part, n) | {name: _index(part.places.get(name), n) for name in _PLACES[:3]}
+    places = {name: _index(part.places[name], n) for name in ("layer", "head")}
+    return places | {"source_span": pa.array(part.spans, pa.string())}
+
+
 def _index(values: Integers | None, n: int) -> pa.Array:
     return pa.nulls(n, pa.int32()) if values is None else pa.array(values, pa.int32())
 
 
-def components_table(parts: Iterable[Part], prompts: PromptSet, stats: StatsSection) -> pa.Table:
+def means_table(parts: Iterable[Part], prompts: PromptSet, stats: StatsSection) -> pa.Table:
     """Each component's mean over all prompts, and over those of each group, with its interval.
 
     Args:
-        parts: The components; those by source with their spans.
+        parts: The components; all with spans (table `sources`), or none (`components`).
         prompts: The prompts.
         stats: How intervals are made.
     """
@@ -230,9 +238,7 @@ def _estimated(part: Part, group: str, values: Floats, clusters: Sequence[str], 
     return pa.table(
         {
             "group": pa.repeat(pa.scalar(group, pa.string()), n),
-            **_named(part, n),
-            **{name: _index(part.places.get(name), n) for name in _PLACES[:3]},
-            "source_span": pa.nulls(n, pa.string()) if part.spans is None else pa.array(part.spans, pa.string()),
+            **_which(part, n),
             "value": pa.array(np.concatenate([one.estimate for one in found])),
             **{name: pa.repeat(pa.scalar(value, pa.int32()), n) for name, value in facts.items()},
             "ci_low": pa.array(low, mask=~bounded),

@@ -132,6 +132,8 @@ class Sources:
     def take(self, batch: Batch, members: Sequence[int]) -> None:
         """Take a batch's heads apart."""
         directions = self._directions(batch)
+        if not directions:
+            return
         values: dict[int, Tensor] = {}
 
         def visit(site: Site, activation: Tensor) -> None:
