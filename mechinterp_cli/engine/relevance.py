@@ -13,8 +13,8 @@ A rule changes what the backward pass gives and leaves every forward value as th
 With all four a network without biases is linear along the ray through its input, so activation · gradient, summed
 over a cut, is the logit.
 
-The rules hold in the decoder's layers; `norm` holds in the final norm too. What follows the decoder (the
-unembedding, a soft-cap of the logits, the metric) keeps its gradient, as do soft-caps of attention scores and routers.
+The rules hold in the decoder's layers, and `norm` in the rest of the model too, for its final norm. A soft-cap of the
+logits and the metric keep their gradients, as do soft-caps of attention scores and the softmax of routers.
 Nothing here knows an architecture: operations are met where PyTorch is called, activation functions also as modules
 without weights, and attention at the interface. The figures published for GPT-2 small were made with `norm`,
 `activation` and `gate`, going by the authors' demonstration; `attention` is off there.
@@ -86,15 +86,15 @@ def relevance_rules(model: nn.Module, anatomy: Anatomy, rules: Collection[str]) 
         )
     chosen = frozenset(rules)
     mode = _Rules()
-    decoder = getattr(model, "base_model", model)
     with ExitStack() as stack:
-        if "attention" in chosen:
-            stack.enter_context(intercepted(model, _constant_pattern))
+        stack.enter_context(intercepted(model, partial(_attend, mode, "attention" in chosen)))
         if "norm" in chosen:
-            stack.enter_context(_forward_within(decoder, partial(mode.within, frozenset({"norm"}))))
+            stack.enter_context(_forward_within(model, partial(mode.within, frozenset({"norm"}))))
         for layer in anatomy.layers:
             module = model.get_submodule(layer.module)
             stack.enter_context(_forward_within(module, partial(_layer, mode, layer, chosen)))
+            if layer.attention and not layer.by_interface:
+                stack.enter_context(_forward_within(model.get_submodule(layer.attention), mode.attending))
             if "activation" in chosen:
                 for name, inner in module.named_modules(prefix=layer.module):
                     if name != layer.module and _may_be_activation(inner):
@@ -102,8 +102,11 @@ def relevance_rules(model: nn.Module, anatomy: Anatomy, rules: Collection[str]) 
         yield
 
 
-def _constant_pattern(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
-    return call.native(call.q.detach(), call.k.detach(), call.v, call.mask)
+def _attend(mode: "_Rules", constant: bool, call: AttentionCall) -> tuple[Tensor, Tensor | None]:
+    """An attention call, with constant probabilities or not."""
+    mode.patterns += 1
+    q, k = (call.q.detach(), call.k.detach()) if constant else (call.q, call.k)
+    return call.native(q, k, call.v, call.mask)
 
 
 @contextmanager
@@ -229,6 +232,7 @@ class _Rules(TorchFunctionMode):
         super().__init__()
         self.patterns = 0
         self._rules: frozenset[str] = frozenset()
+        self._attending = False
         self._roots: MutableMapping[Tensor, tuple[Tensor, bool]] = _tensor_keys()
 
     @contextmanager
@@ -241,6 +245,15 @@ class _Rules(TorchFunctionMode):
         finally:
             self._rules = outer
             self._roots.clear()
+
+    @contextmanager
+    def attending(self) -> Iterator[None]:
+        """Every softmax is an attention pattern."""
+        self._attending = True
+        try:
+            yield
+        finally:
+            self._attending = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Answer one call."""
@@ -276,8 +289,8 @@ class _Rules(TorchFunctionMode):
         return func(q, k, *rest, **kwargs)
 
     def _softmax(self, probabilities: Tensor) -> Tensor:
-        """Attention patterns are [prompts, heads, queries, keys]; a router's weights have fewer axes."""
-        if probabilities.ndim != 4:
+        """Attention patterns are what an attention module makes, or have four axes; a router's weights have fewer."""
+        if probabilities.ndim != 4 and not self._attending:
             return probabilities
         self.patterns += 1
         return probabilities.detach() if "attention" in self._rules else probabilities
