@@ -133,7 +133,7 @@ def rms(x: Tensor, eps: float) -> Tensor:
 
 def final_direction(plain: Plain, prompt: Prompt, last: Tensor) -> tuple[Tensor, float]:
     """What a unit of each feature adds to the logit difference, and what nothing in the stream changes."""
-    weight = plain.head.weight.double() * plain.logits
+    weight = matrix(plain.head).T.double() * plain.logits
     difference = weight[list(prompt.answer)].mean(0) - weight[list(prompt.wrong_answer)].mean(0)
     along = difference * plain.gain.double()
     eps = getattr(plain.norm, "variance_epsilon", None) or plain.norm.eps

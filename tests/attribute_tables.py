@@ -71,9 +71,11 @@ def prompts_of(*prompts: Prompt) -> PromptSet:
     return PromptSet("made", prompts)
 
 
-def setting_of(folder: Path, model: LoadedModel, prompts: PromptSet, section: dict[str, Any]) -> Setting:
-    """A setting for a config with this `attribute:` section."""
-    loaded = config_of(folder, section, method="attribute")
+def setting_of(
+    folder: Path, model: LoadedModel, prompts: PromptSet, section: dict[str, Any], **sections: Any
+) -> Setting:
+    """A setting for a config with this `attribute:` section, and others."""
+    loaded = config_of(folder, section, method="attribute", **sections)
     return Setting(loaded, model, Moment(None, None, loaded.config.model), prompts, SilentProgress())
 
 
@@ -84,9 +86,9 @@ def options_of(setting: Setting) -> AttributeOptions:
     return method
 
 
-def told(folder: Path, model: LoadedModel, prompts: Sequence[Prompt], section: dict[str, Any]) -> Told:
+def told(folder: Path, model: LoadedModel, prompts: Sequence[Prompt], section: dict[str, Any], **sections: Any) -> Told:
     """Check and compute `direct` and `lens`, as far as the section has them."""
-    setting = setting_of(folder, model, prompts_of(*prompts), section)
+    setting = setting_of(folder, model, prompts_of(*prompts), section, **sections)
     options, config = options_of(setting), setting.loaded.config
     tables: dict[str, Any] = {}
     with record(setting.loaded, folder / "runs") as run:

@@ -184,7 +184,7 @@ def test_components_are_means_over_prompts_with_intervals_by_group(tmp_path: Pat
     for group, size in (("all", 24), ("a", 12), ("b", 12)):
         own = heads if group == "all" else heads[heads["group"] == group]
         table = own.pivot(index=["layer", "head"], columns="prompt", values="value")
-        clusters = [prompts[i].cluster for i in table.columns]
+        clusters = [prompts[int(i)].cluster for i in table.columns]
         wanted = estimate(table.to_numpy(float), None, clusters, stats)
         shown = means[(means["group"] == group) & (means["component"] == "head")].set_index(["layer", "head"])
         assert shown.index.tolist() == table.index.tolist()
@@ -221,11 +221,12 @@ def test_a_prompts_parts_do_not_depend_on_the_others(tmp_path: Path) -> None:
 
 def test_half_precision_weights_are_followed_in_float32(tmp_path: Path) -> None:
     model = tiny("llama")
-    model.model.to(torch.bfloat16)
+    inner: Any = model.model
+    inner.to(torch.bfloat16)
     found = direct(tmp_path, model, EVERYTHING)
-    assert next(model.model.parameters()).dtype == torch.bfloat16, "given back as they were"
+    assert next(inner.parameters()).dtype == torch.bfloat16, "given back as they were"
     assert max(found.notes["direct"][key] for key in ("deviation", "logits_deviation")) < 1e-5
-    native = [native_difference(model.model.float(), one) for one in PROMPTS]
+    native = [native_difference(inner.float(), one) for one in PROMPTS]
     np.testing.assert_allclose(wholes(found.tables["direct"], "total").to_numpy(float), native, rtol=0, atol=1e-4)
 
 

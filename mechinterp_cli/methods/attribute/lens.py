@@ -124,7 +124,7 @@ def lens_tables(options: LensOptions, setting: Setting, bench: Bench) -> dict[st
     the answer's probability (of a set: their sum), its rank (how many tokens are strictly likelier than its best) and
     `kl` = Σ_vocab p_output (log p_output − log p_lens), in nats: how far the lens is from what the model puts out at
     that position. The answer is the one to the whole prompt, at whichever position. Soft-capping and multipliers of
-    logits are the model's own.
+    logits are the model's own. Where `engine.on_nan` lets NaN pass, numbers are NaN and the answer's rank is null.
 
     Args:
         options: Which streams, layers, positions.
@@ -229,15 +229,15 @@ class _Reader:
         readout = Readout(logits, Targets(torch.arange(len(logits), device=self.device), answers, answers, output))
         top = logits.topk(min(self.plan.options.top, logits.shape[1]), dim=-1)
         probability = (top.values.to(readout.log_partition.dtype) - readout.log_partition[:, None]).exp()
-        found = {"token_id": top.indices, "probability": probability, "kl": kl(readout)}
+        found = {"probability": probability, "kl": kl(readout)}
         if answers.mask.shape[1]:
             found |= {"answer_probability": prob(readout), "answer_rank": rank(readout)}
+        found = {name: values + readout.poison.reshape(-1, *[1] * (values.ndim - 1)) for name, values in found.items()}
         columns: Arrays = {name: values.cpu().numpy() for name, values in found.items()}
-        asked = answers.mask.any(-1).cpu().numpy()
-        nothing = np.full(len(logits), np.nan)
-        for name in ("answer_probability", "answer_rank"):
-            columns[name] = np.where(asked, columns.get(name, nothing), np.nan)
-        return columns | {"rank": np.tile(np.arange(top.indices.shape[1]), (len(logits), 1))}
+        columns["token_id"] = top.indices.cpu().numpy()
+        columns["rank"] = np.tile(np.arange(top.indices.shape[1]), (len(logits), 1))
+        columns["asked"] = answers.mask.any(-1).cpu().numpy()
+        return columns
 
 
 def _table(parts: Sequence[Arrays], plan: _Plan) -> pa.Table:
@@ -245,7 +245,9 @@ def _table(parts: Sequence[Arrays], plan: _Plan) -> pa.Table:
     whole = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     order = np.lexsort(tuple(whole[name] for name in ("rank", "position", "site", "prompt")))
     whole = {name: values[order] for name, values in whole.items()}
-    asked = ~np.isnan(whole["answer_rank"])
+    asked = whole.pop("asked")
+    nothing = np.full(len(asked), np.nan)
+    probability, ranks = (whole.pop(name, nothing) for name in ("answer_probability", "answer_rank"))
     prompts = plan.setting.prompts.prompts
     starts = np.cumsum([0, *(prompt.length for prompt in prompts)])[:-1]
     spans = [own.get(at) or None for own, one in zip(plan.spots, prompts, strict=True) for at in range(one.length)]
@@ -254,8 +256,8 @@ def _table(parts: Sequence[Arrays], plan: _Plan) -> pa.Table:
         "layer": look_up([site.layer for site in plan.sites], pa.int32(), whole["site"]),
         "span": look_up(spans, pa.string(), starts[whole["prompt"]] + whole["position"]),
         "token": _tokens(plan.setting.model, whole["token_id"]),
-        "answer_rank": pa.array(np.nan_to_num(whole["answer_rank"]).astype(np.int32), mask=~asked),
-        "answer_probability": pa.array(whole["answer_probability"], mask=~asked),
+        "answer_rank": pa.array(np.nan_to_num(ranks).astype(np.int32), mask=~asked | np.isnan(ranks)),
+        "answer_probability": pa.array(probability, mask=~asked, from_pandas=False),
     }
     return pa.table({name: pa.array(values) for name, values in whole.items()} | named)
 
