@@ -96,7 +96,7 @@ def test_shares_depend_neither_on_the_budget_nor_on_company(monkeypatch: pytest.
     whole, _ = rollout(model, anatomy, TOKENS, READ)
     shown: list[tuple[slice, slice]] = []
     smallest = 2 * LENGTH * max(LENGTH, WORKING_COPIES) * 4
-    real = patterns.attention_patterns
+    real: Any = patterns.attention_patterns
 
     def counted(*args: Any, **options: Any) -> Any:
         visit = args[4]

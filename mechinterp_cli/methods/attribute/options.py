@@ -71,11 +71,12 @@ class InputOptions(BaseConfig):
         "integrated_gradients",
         "occlusion",
     )
-    """`gradient_x_input` and `integrated_gradients` on the embeddings, `occlusion` (exact: the token's embedding is
-    replaced by the baseline), `rollout` of attention (2005.00928; knows nothing of the answer)."""
+    """`gradient_x_input` ((embedding - baseline) times the gradient) and `integrated_gradients` on the embeddings,
+    `occlusion` (exact: the token's embedding is replaced by the baseline), `rollout` of attention (2005.00928; knows
+    nothing of the answer). Positive: the token raises the metric."""
     baseline: Baseline = "mean"
     """What an absent token is: an embedding of zeros, the mean embedding over the prompts' tokens, or the corrupted
-    prompt's."""
+    prompt's. Embeddings are what enters layer 0, with learned positions where the model has them."""
     steps: Count = 32
     """Of integrated gradients, midpoint rule."""
 
