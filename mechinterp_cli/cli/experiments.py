@@ -1,4 +1,4 @@
-"""`mechinterp patch`, `ablate`, `heads`: the commands that run an experiment; all have the same options."""
+"""`mechinterp patch`, `ablate`, `heads`, `attribute`: the commands that run an experiment; all have the same options."""
 
 from collections.abc import Callable
 
@@ -29,6 +29,15 @@ EXPERIMENTS = {
     Prints the run directory's path on stdout; pictures and messages go to stderr.
 
     Example: mechinterp heads configs/heads-toy.yaml --out runs
+    """,
+    "attribute": """Estimate every component's share, and say how far to trust it.
+
+    Attribution patching, integrated gradients, AtP* and RelP, checked against exact patching; direct logit attribution,
+    the logit lens, and the share of each token of the prompt.
+
+    Prints the run directory's path on stdout; pictures and messages go to stderr.
+
+    Example: mechinterp attribute configs/attribute-ioi.yaml --out runs
     """,
 }
 """Subcommand to its help."""
