@@ -56,7 +56,7 @@ class ByHand:
     Args:
         oracle: The model; eager attention.
         prompts: The prompts.
-        bases: Directions by name of their tensor: orthonormal rows.
+        bases: Directions by name of their unit: rows of any length. Several of one site are one span.
         keys: For edges: prompt to the keys that are not seen.
         at: Prompt to the positions that are ablated; all where it is not there.
     """
@@ -92,8 +92,7 @@ class ByHand:
     def parts(self, name: str) -> list[tuple[str, int, Units]]:
         """What a unit of that name is: kind of site, layer, heads or neurons."""
         if name in self.bases:
-            site, _, number = name.partition(".")
-            return [(site, int(number), None)]
+            return [(*_site_of(name), None)]
         match = _NAME.fullmatch(name)
         assert match is not None, name
         layer, unit, window = int(match["layer"]), match["unit"], int(match["window"] or 1)
@@ -116,15 +115,24 @@ class ByHand:
             add: Whether it is added to what is there.
         """
         changes: dict[Place, list[Change]] = defaultdict(list)
+        together: dict[Place, list[Tensor]] = defaultdict(list)
         for name in names:
+            if name in self.bases:
+                together[_site_of(name)].append(self.bases[name])
+                continue
             for kind, layer, units in self.parts(name):
-                changes[kind, layer].append(self._change((kind, layer), units, prompt, name, stand, add))
+                changes[kind, layer].append(self._change((kind, layer), units, prompt, stand, add))
+        for place, rows in together.items():
+            span = torch.cat(rows).double()
+            onto = (torch.linalg.pinv(span) @ span).float()
+            changes[place].append(self._change(place, None, prompt, stand, add, onto))
         return self.run(prompt, {place: _one_after_the_other(found) for place, found in changes.items()})
 
-    def _change(self, place: Place, units: Units, prompt: int, name: str, stand: Stand, add: bool) -> Change:
+    def _change(
+        self, place: Place, units: Units, prompt: int, stand: Stand, add: bool, onto: Tensor | None = None
+    ) -> Change:
         length = len(self.prompts[prompt].clean_tokens)
         positions = list(self.at.get(prompt, range(length)))
-        basis = self.bases.get(name)
 
         def change(x: Tensor) -> Tensor:
             chosen = list(range(x.shape[2])) if units is None else list(units)
@@ -135,8 +143,8 @@ class ByHand:
                 return x
             new = stand(place, prompt)
             for position in positions:
-                if basis is not None:
-                    x[:, position] = x[:, position] + (new[position] - x[:, position]) @ basis.T @ basis
+                if onto is not None:
+                    x[:, position] = x[:, position] + (new[position] - x[:, position]) @ onto
                 elif add:
                     x[:, position, chosen] = x[:, position, chosen] + new[position][chosen]
                 else:
@@ -170,6 +178,12 @@ class ByHand:
     def other(self, donor: int) -> Stand:
         """The activation of another prompt."""
         return lambda place, prompt: self.seen[donor][place]
+
+
+def _site_of(direction: str) -> Place:
+    """The site of a direction's name: `resid_post.0`, or `file:resid_post.0` where two files have one."""
+    site, _, number = direction.rpartition(":")[2].partition(".")
+    return site, int(number)
 
 
 def _one_after_the_other(changes: Sequence[Change]) -> Change:

@@ -159,6 +159,70 @@ def test_prompts_that_constants_are_fitted_on_are_not_measured(tmp_path: Path) -
     assert len(measured["optimal"]) == 6
 
 
+# --- fitted constants
+
+
+FIT: dict[str, Any] = {"values": ["zero", "optimal"], "optimal": {"steps": 12, "share": 0.5}}
+
+
+def fits(run: Run) -> pd.DataFrame:
+    """One row per fitted trial."""
+    columns = ["fit_mean", "fit_zero", "fit_loss", "fit_prompts"]
+    return run.table("trials").groupby("trial")[columns].first().dropna(how="all")
+
+
+def test_trials_say_what_their_fit_came_to(tmp_path: Path) -> None:
+    run = ablate(tmp_path, FIT, task=TEXT, metrics=["loss"])
+    found = fits(run)
+    assert found.index.tolist() == trials(run, ablation="optimal")
+    assert (found["fit_loss"] <= found[["fit_mean", "fit_zero"]].min(axis=1)).all()
+    assert (found["fit_loss"] < found["fit_mean"]).any()
+    assert set(found["fit_prompts"]) == {4}
+    # With zeros in place, on the prompts that are fitted on: those that `optimal` does not measure.
+    rows = run.table("results")
+    optimal = set(rows[rows["ablation"] == "optimal"]["prompt"])
+    zero = rows[(rows["ablation"] == "zero") & ~rows["prompt"].isin(optimal)].groupby("trial")["value"].mean()
+    assert found["fit_zero"].to_numpy(dtype=float) == pytest.approx(zero.to_numpy(dtype=float), abs=1e-5)
+    assert not [warning for warning in run.manifest["warnings"] if "nothing better" in warning]
+
+
+def test_fits_that_found_nothing_better_are_counted(tmp_path: Path) -> None:
+    far = {"values": ["optimal"], "optimal": {"steps": 2, "rate": 1000.0}}
+    run = ablate(tmp_path, far, task=TEXT, metrics=["loss"])
+    found = fits(run)
+    kept = int((found["fit_loss"] >= found[["fit_mean", "fit_zero"]].min(axis=1)).sum())
+    assert kept > 0
+    told = f"{kept} of 8 fits found nothing better than the mean or zero (trials: fit_loss)"
+    assert told in run.manifest["warnings"]
+
+
+def test_keeping_everything_needs_no_constant(tmp_path: Path) -> None:
+    every = [f"{layer}.{head}" for layer in range(2) for head in range(4)]
+    sets = {"all": every, "one": ["1.2"]}
+    run = ablate(tmp_path, {"values": ["optimal"], "design": "keep", "sets": sets, "optimal": {"steps": 2}})
+    circuits = run.table("circuits").set_index("set")
+    assert circuits.loc["all", "faithfulness"] == 1.0
+    assert circuits.loc["one", "faithfulness"] != 1.0
+    rows = run.table("results")
+    assert set(rows[(rows["design"] == "keep") & (rows["set"] == "all")]["effect"].dropna()) == {0.0}
+    assert len(fits(run)) == 4
+
+
+def test_long_fits_are_announced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    quick = {"values": ["optimal"], "optimal": {"steps": 2}}
+
+    def told(name: str) -> list[str]:
+        run = ablate(tmp_path / name, quick, task=TEXT, metrics=["loss"])
+        return [warning for warning in run.manifest["warnings"] if "fits of" in warning]
+
+    assert told("short") == []
+    monkeypatch.setattr("mechinterp_cli.methods.ablate.optimal.LONG_SECONDS", 0)
+    monkeypatch.setattr("mechinterp_cli.methods.ablate.optimal.matmul_rate", lambda device: 1e5)
+    (warning,) = told("long")
+    assert warning.startswith("8 fits of 2 steps each, one after the other, take about ")
+    assert warning.endswith("minutes or more; fewer units or a smaller ablate.optimal.steps take less")
+
+
 def data(run: Run) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(run.path.glob("*.parquet"))}
 
@@ -241,6 +305,20 @@ def test_json_a_dry_run_and_formats(call: Call) -> None:
     plan = json.loads(out)
     assert (code, err, Path("runs").exists()) == (0, "", False)
     assert (plan["design"], plan["units"]) == ("cumulative", 8)
+    assert not any("fit" in value for value in plan["values"].values())
+    fitted = (
+        "--set",
+        "ablate.values=[optimal]",
+        "--set",
+        "ablate.optimal.steps=7",
+        "--set",
+        "ablate.optimal.share=.25",
+    )
+    planned = json.loads(call("ablate", "experiment.yaml", "--dry-run", *fitted)[1])["values"]["optimal"]
+    fit = planned["fit"]
+    assert (fit["fits"], fit["steps"], fit["prompts"]) == (planned["trials"], 7, 2)
+    assert fit["flops"] > 0
+    assert fit["seconds"] >= 0
     code, out, err = call("ablate", "experiment.yaml", "--json", "--quiet", "--set", "output.formats=[parquet,csv]")
     assert (code, err) == (0, "")
     run = Path(json.loads(out)["run"])

@@ -20,29 +20,31 @@ from mechinterp_cli.models.loaded import LoadedModel
 from mechinterp_cli.models.planted import HEADS, INDUCTION_HEAD, LAYERS, PREVIOUS_TOKEN_HEAD
 from tests.ablate_plain import ByHand, Stand, answer_metrics, experiment_of, folder_of, names_in, token_metrics
 from tests.experiments import Run, config_of, run_method
-from tests.families import build
-from tests.models_fixtures import toy
+from tests.models_fixtures import smollm2, toy
 from tests.oracle import Oracle
 
-__all__ = ["toy"]
+__all__ = ["smollm2", "toy"]
 
 TOLERANCE = 1e-4
 VISIBLE = 1e-3
 """What an ablation must change at least: comparing nothing with nothing shows nothing."""
+REAL = "smollm2"
 SIX = ("gpt2", "llama", "gpt_neox", "gemma2", "qwen3", "granite")
-FAMILIES = ("toy", *(pytest.param(name, marks=[] if name == "llama" else pytest.mark.slow) for name in SIX))
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in (*SIX, REAL) if name != "llama"]
+FAMILIES = ("toy", "llama", *SLOW)
+IN_DESIGNS = (pytest.param("toy", marks=pytest.mark.slow), "llama", *SLOW)
 UNITS: list[dict[str, Any]] = [
     {"kind": "head", "layers": [0]},
     {"kind": "head", "layers": [1], "heads": [[1, 3], 2]},
     {"kind": "kv_head", "layers": [1]},
     {"kind": "neuron", "layers": [0], "neurons": [3, [0, 5]]},
     {"kind": "attention", "layers": [0]},
-    {"kind": "mlp", "layers": {"window": 2}},
+    {"kind": "mlp", "layers": [0]},
     {"kind": "layer", "layers": [1]},
 ]
+WINDOW = {"kind": "mlp", "layers": {"window": 2}}
 TASK = {"name": "induction", "n": 3, "block": 5, "prefix": 2}
 TEXTS = {"name": "repeats", "n": 5, "block": [4, 5], "repeats": 2}
-SETS = {"one": ["1.2"], "mixed": ["1.2", "0.1", "mlp0"], "all": []}
 Measure = Callable[[ByHand, int, Tensor], Mapping[str, float]]
 
 
@@ -55,15 +57,15 @@ class Case:
     """A run, and the same by hand."""
 
     def __init__(
-        self, folder: Path, toy: LoadedModel, family: str, section: Mapping[str, Any], **sections: Any
+        self, folder: Path, whole: LoadedModel | None, family: str, section: Mapping[str, Any], **sections: Any
     ) -> None:
-        model = "toy-induction" if family == "toy" else folder_of(family, folder)
+        model = folder_of(family, folder) if whole is None else whole.source.id
         sections = {"task": TASK, "metrics": ["logit_diff", "kl"]} | sections
         given = {"model": {"id": model}, **sections}
         self.section = section
         self.run: Run = run_method(folder, "ablate", dict(section), **given)
         self.experiment: AblateExperiment = experiment_of(config_of(folder, dict(section), method="ablate", **given))
-        oracle = Oracle("llama", toy.model) if family == "toy" else Oracle(family)
+        oracle = Oracle(family) if whole is None else Oracle("llama", whole.model)
         self.hand = ByHand(oracle, self.experiment.prompts.prompts)
 
     @property
@@ -101,6 +103,20 @@ class Case:
         wanted = self.measured(row["prompt"], logits)
         for name in set(wanted) & set(row):
             assert row[name] == pytest.approx(wanted[name], abs=TOLERANCE), (row, name)
+
+
+@pytest.fixture
+def case(tmp_path: Path, request: pytest.FixtureRequest) -> Callable[..., Case]:
+    """Runs a section on a family, on the toy, or on the real model."""
+
+    def make(family: str, section: Mapping[str, Any], **sections: Any) -> Case:
+        whole: LoadedModel | None = request.getfixturevalue(family) if family in ("toy", REAL) else None
+        return Case(tmp_path, whole, family, section, **sections)
+
+    return make
+
+
+Make = Callable[..., Case]
 
 
 def every(experiment: AblateExperiment) -> Place:
@@ -167,65 +183,74 @@ def check_resample(case: Case) -> None:
         assert len(set(own)) == len(own) > 1
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_unit_and_value_alone(tmp_path: Path, toy: LoadedModel, family: str) -> None:
-    section = {
-        "units": UNITS,
-        "values": ["zero", "mean", "mean_of_prompt", "resample", "noise", "optimal"],
-        "resample": {"draws": 2},
-        "noise": {"draws": 2, "seed": 3},
-        "optimal": {"steps": 2, "share": 0.4},
-    }
-    case = Case(tmp_path, toy, family, section)
-    case.check("zero", case.hand.zero)
-    case.check("mean", case.hand.mean)
-    case.check("mean_of_prompt", case.hand.mean_of_prompt)
-    case.check("noise", noise_stand(case), add=True)
-    case.check("optimal", optimal_stand(case))
-    check_resample(case)
+ALL: list[str] = ["zero", "mean", "mean_of_prompt", "resample", "noise", "optimal"]
+ALONG: list[str] = ["zero", "mean", "mean_of_prompt", "resample", "optimal"]
+DRAWS: dict[str, Any] = {
+    "resample": {"draws": 2},
+    "noise": {"draws": 2, "seed": 3},
+    "optimal": {"steps": 2, "share": 0.4},
+}
 
 
-def directions(folder: Path, d_model: int) -> dict[str, Tensor]:
-    """A file of directions, and an orthonormal basis of each."""
-    generator = torch.Generator().manual_seed(1)
-    found = {
-        name: torch.randn(n, d_model, generator=generator) for name, n in (("resid_post.0", 2), ("resid_mid.1", 1))
-    }
-    if d_model == build("gpt_neox").config.hidden_size:  # no resid_mid in parallel blocks
-        found["resid_pre.1"] = found.pop("resid_mid.1")
-    save_file(found, folder / "d.safetensors")
-    return {name: torch.linalg.qr(rows.T)[0].T for name, rows in found.items()}
+def check_values(found: Case, values: Sequence[str]) -> None:
+    """Each value of a run against what stands there by hand."""
+    hand = found.hand
+    plain = {"zero": hand.zero, "project": hand.zero, "mean": hand.mean, "mean_of_prompt": hand.mean_of_prompt}
+    for value in values:
+        if value in plain:
+            found.check(value, plain[value])
+        elif value == "resample":
+            check_resample(found)
+        else:
+            stand = noise_stand(found) if value == "noise" else optimal_stand(found)
+            found.check(value, stand, add=value == "noise")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_directions(tmp_path: Path, toy: LoadedModel, family: str) -> None:
-    bases = directions(tmp_path, 64 if family == "toy" else 32)
-    section = {
-        "units": [{"kind": "direction", "file": str(tmp_path / "d.safetensors")}],
-        "values": ["zero", "project", "mean", "mean_of_prompt", "resample"],
-        "mean": {"per": "position"},
-        "resample": {"draws": 2},
-    }
-    case = Case(tmp_path, toy, family, section)
-    case.hand.bases = bases
-    case.check("zero", case.hand.zero)
-    case.check("project", case.hand.zero)
-    case.check("mean", case.hand.mean_by_position)
-    case.check("mean_of_prompt", case.hand.mean_of_prompt)
-    check_resample(case)
+def test_every_unit_and_value_alone(case: Make, family: str) -> None:
+    units = UNITS if family == REAL else [*UNITS, WINDOW]
+    check_values(case(family, {"units": units, "values": ALL, **DRAWS}), ALL)
+
+
+def directions(folder: Path, family: str, name: str = "d", seed: int = 1) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """A block of units from a file of directions, and its rows by name of the tensor."""
+    generator = torch.Generator().manual_seed(seed)
+    d_model = {"toy": 64, REAL: 576}.get(family, 32)
+    second = "resid_pre.1" if family == "gpt_neox" else "resid_mid.1"  # no resid_mid in parallel blocks
+    found = {site: torch.randn(n, d_model, generator=generator) for site, n in (("resid_post.0", 2), (second, 1))}
+    save_file(found, folder / f"{name}.safetensors")
+    return {"kind": "direction", "file": str(folder / f"{name}.safetensors")}, found
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_edges(tmp_path: Path, toy: LoadedModel, family: str) -> None:
-    units = [
-        {"kind": "edge", "positions": [["end", 6]], "keys": ["copied", 0], **more}
-        for more in ({"layers": [1], "heads": "each"}, {"layers": [0]})
-    ]
-    case = Case(tmp_path, toy, family, {"units": units, "values": ["zero"]})
-    prompts = case.hand.prompts
-    case.hand.at = {i: sorted({p.spans["end"][0], 6}) for i, p in enumerate(prompts)}
-    case.hand.keys = {i: [0, p.spans["copied"][0]] for i, p in enumerate(prompts)}
-    case.check("zero", case.hand.zero)
+def test_directions(tmp_path: Path, case: Make, family: str) -> None:
+    block, rows = directions(tmp_path, family)
+    values = [*ALONG, "project"]
+    found = case(family, {"units": [block], "values": values, "mean": {"per": "position"}, **DRAWS})
+    found.hand.bases = rows
+    found.check("mean", found.hand.mean_by_position)
+    check_values(found, [value for value in values if value != "mean"])
+
+
+EDGES: list[dict[str, Any]] = [
+    {"kind": "edge", "positions": [["end", 6]], "keys": ["copied", 0], **more}
+    for more in ({"layers": [1], "heads": "each"}, {"layers": [0]})
+]
+
+
+EDGE_NAMES = ("edge1.0", "edge1.1", "edge0", "mlp0")
+
+
+def check_edges(found: Case) -> None:
+    prompts = found.hand.prompts
+    found.hand.at = {i: sorted({p.spans["end"][0], 6}) for i, p in enumerate(prompts)}
+    found.hand.keys = {i: [0, p.spans["copied"][0]] for i, p in enumerate(prompts)}
+    found.check("zero", found.hand.zero)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_edges(case: Make, family: str) -> None:
+    check_edges(case(family, {"units": EDGES, "values": ["zero"]}))
 
 
 @pytest.mark.parametrize("places", [["end"], ["matched", 1], [["copied", "end"]], "last"])
@@ -248,30 +273,53 @@ def test_positions(tmp_path: Path, toy: LoadedModel, places: Any) -> None:
             case.agree(row, case.hand.ablated(row["prompt"], row["names"], stand))
 
 
-DESIGNS: dict[str, dict[str, Any]] = {
-    "cumulative": {"cumulative": {"ranking": ["1.2", "0.1", "1.0"], "k": [1, 3], "random": 2}},
-    "set": {"sets": SETS | {"all": ["0.0", "1.3", "mlp1"]}},
-    "keep": {"sets": SETS | {"all": ["0.0", "1.3", "mlp1"]}},
-    "pairs": {"pairs": [["1.2", "0.1"], ["mlp0", "0.1"]]},
-}
+Names = tuple[str, str, str, str]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("design", DESIGNS)
-def test_every_design(tmp_path: Path, toy: LoadedModel, family: str, design: str) -> None:
-    section = {
-        "units": [{"kind": "head", "layers": [0, 1]}, {"kind": "mlp", "layers": [0, 1]}],
-        "values": ["zero", "mean", "resample", "optimal"],
-        "resample": {"draws": 2},
-        "optimal": {"steps": 2, "share": 0.4},
-        "design": design,
-        **DESIGNS[design],
+def design_of(name: str, units: Names) -> dict[str, Any]:
+    """A design over four units; the first two of them are together in some trials."""
+    a, b, c, d = units
+    sections: dict[str, dict[str, Any]] = {
+        "cumulative": {"cumulative": {"ranking": [a, b, c], "k": [1, 3], "random": 2}},
+        "set": {"sets": {"one": [a], "mixed": [a, b, d], "rest": [c, d]}},
+        "pairs": {"pairs": [[a, b], [c, d]]},
     }
-    case = Case(tmp_path, toy, family, section)
-    case.check("zero", case.hand.zero)
-    case.check("mean", case.hand.mean)
-    case.check("optimal", optimal_stand(case))
-    check_resample(case)
+    return {"design": name, **sections["set" if name == "keep" else name]}
+
+
+PARTS: list[dict[str, Any]] = [
+    {"kind": "head", "layers": [0]},
+    {"kind": "kv_head", "layers": [1]},
+    {"kind": "neuron", "layers": [1], "neurons": [3, 5]},
+    {"kind": "mlp", "layers": [0]},
+]
+DESIGNS = ("cumulative", "set", "keep", "pairs")
+
+
+@pytest.mark.parametrize("family", IN_DESIGNS)
+@pytest.mark.parametrize("design", DESIGNS)
+def test_every_design_of_heads_neurons_and_blocks(case: Make, family: str, design: str) -> None:
+    named = design_of(design, ("kv1.0", "0.1", "neuron1.3", "mlp0"))
+    check_values(case(family, {"units": PARTS, "values": ALL, **DRAWS, **named}), ALL)
+
+
+@pytest.mark.parametrize("family", IN_DESIGNS)
+@pytest.mark.parametrize("design", DESIGNS)
+def test_every_design_of_blocks_and_directions(tmp_path: Path, case: Make, family: str, design: str) -> None:
+    made = {name: directions(tmp_path, family, name, seed) for seed, name in enumerate("xy")}
+    blocks = [block | {"layers": [0]} for block, _ in made.values()]
+    blocks += [{"kind": "attention", "layers": [0]}, {"kind": "layer", "layers": [1]}]
+    named = design_of(design, ("x:resid_post.0", "y:resid_post.0", "attention0", "layer1"))
+    found = case(family, {"units": blocks, "values": ALONG, **DRAWS, **named})
+    found.hand.bases = {f"{name}:resid_post.0": rows["resid_post.0"] for name, (_, rows) in made.items()}
+    check_values(found, ALONG)
+
+
+@pytest.mark.parametrize("family", IN_DESIGNS)
+@pytest.mark.parametrize("design", DESIGNS)
+def test_every_design_of_edges(case: Make, family: str, design: str) -> None:
+    units = [*EDGES, {"kind": "mlp", "layers": [0], "positions": [["end", 6]]}]
+    check_edges(case(family, {"units": units, "values": ["zero"], **design_of(design, EDGE_NAMES)}))
 
 
 def test_whole_texts_of_two_lengths(tmp_path: Path, toy: LoadedModel) -> None:

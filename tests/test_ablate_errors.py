@@ -294,6 +294,21 @@ def test_the_configs_that_the_cases_damage_are_good(capfd: pytest.CaptureFixture
             id="optimal of one prompt",
         ),
         pytest.param(
+            (
+                TASK,
+                "task: {name: repeats, n: 2, block: [4, 6], repeats: 2}",
+                UNITS,
+                "[{kind: mlp, layers: [1], positions: each}]",
+                "values: [zero]",
+                "values: [zero, optimal]",
+                METRICS,
+                "metrics: [loss]",
+            ),
+            "c.yaml:6: ablate.values[1]: optimal: mlp1@0/6x2 is in none of the 1 prompts that constants are fitted on",
+            "Raise the number of prompts or ablate.optimal.share, or try another ablate.optimal.seed.",
+            id="a unit of prompts that are not fitted on",
+        ),
+        pytest.param(
             ("values: [zero]", "values: [optimal]\n  optimal: {share: 1.0}"),
             "c.yaml:7: ablate.optimal.share: 1.0 is not valid",
             KEYS,

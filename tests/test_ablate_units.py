@@ -482,6 +482,69 @@ def test_directions_overlap_with_edits_of_their_own_site(units_of: Units, file: 
     assert overlapping([directions[0], directions[0]]) is not None
 
 
+def both(units_of: Units, file: File, rows: Tensor, others: Tensor, **where: Any) -> list[Unit]:
+    """Directions of one site from two files."""
+    paths = [file({"resid_post.1": tensor}, name) for tensor, name in ((rows, "a"), (others, "b"))]
+    blocks = [{"kind": "direction", "file": path} for path in paths]
+    blocks[1] |= where
+    return units_of(*blocks)
+
+
+def projection(rows: Tensor) -> Tensor:
+    """Onto the span of any rows, by the pseudo-inverse."""
+    onto: Tensor = torch.linalg.pinv(rows.double()) @ rows.double()
+    return onto
+
+
+def test_directions_of_one_site_are_taken_out_as_one_span(units_of: Units, file: File) -> None:
+    every = torch.randn(5, D, generator=torch.Generator().manual_seed(0))
+    rows, others = every[:2], every[2:]
+    units = both(units_of, file, rows, others)
+    assert overlapping(units) is None
+    for order in (units, units[::-1]):
+        (merged,) = merge(order)
+        assert merged.basis is not None
+        assert merged.basis.shape == (5, D)
+        torch.testing.assert_close(merged.basis @ merged.basis.T, torch.eye(5), atol=1e-6, rtol=0)
+        found = projection(merged.basis)
+        torch.testing.assert_close(found, projection(torch.cat([rows, others])), atol=1e-5, rtol=0)
+    # A positive control: one after the other leaves something of the span.
+    first, second = (projection(x) for x in (rows, others))
+    eye = torch.eye(D).double()
+    assert ((eye - first) @ (eye - second) @ projection(rows)).norm() > 0.1
+    assert merge(units)[0].basis is merge(list(units))[0].basis
+    assert merge(units[:1])[0].basis is units[0].basis
+
+
+@pytest.mark.parametrize(("shift", "rank"), [(0.0, 1), (1e-6, 1), (1e-2, 2)])
+def test_what_two_directions_share_counts_once(units_of: Units, file: File, shift: float, rank: int) -> None:
+    row = torch.ones(1, D)
+    other = row + shift * torch.eye(D)[:1] * D**0.5
+    (merged,) = merge(both(units_of, file, row, other))
+    assert merged.basis is not None
+    assert merged.basis.shape == (rank, D)
+    torch.testing.assert_close(row @ merged.basis.T @ merged.basis, row, atol=1e-5, rtol=0)
+
+
+def test_directions_that_meet_in_part_are_one_span_there_and_their_own_elsewhere(units_of: Units, file: File) -> None:
+    spans = {"S": (1, 2), "S2": (2, 3)}, {"S": (4,), "S2": (6,)}
+    prompts = PromptSet("given", tuple(prompt(span) for span in spans))
+    paths = [file({"resid_post.1": torch.eye(D)[i]}, name) for i, name in enumerate("ab")]
+    places = (["S"], ["S2"])
+    blocks = [{"kind": "direction", "file": path, "positions": at} for path, at in zip(paths, places, strict=True)]
+    units = units_of(*blocks, prompts=prompts)
+    found = {
+        (i, at): projection(one.basis).diagonal().round().nonzero().flatten().tolist()
+        for one in merge(units)
+        for i, chosen in enumerate(one.place.positions)
+        for at in chosen or ()
+        if one.basis is not None
+    }
+    assert found == {(0, 1): [0], (0, 2): [0, 1], (0, 3): [1], (1, 4): [0], (1, 6): [1]}
+    assert sum(len(at or ()) for one in merge(units) for at in one.place.positions) == len(found)
+    assert {one.place.span for one in merge(units)} == {"S without S2", "S and S2", "S2 without S"}
+
+
 def test_the_first_pair_of_many_is_found(units_of: Units) -> None:
     units = units_of({"kind": "neuron", "neurons": "each"}, {"kind": "head"}, {"kind": "layer", "layers": [2]})
     assert overlapping(units[:-1]) is None

@@ -149,7 +149,8 @@ def test_on_the_toy_model_the_optimum_beats_the_mean_which_mostly_beats_zero(
 def directions(count: int) -> Tensor:
     """Orthonormal rows [count, d_model]."""
     rows = torch.randn(32, count, generator=torch.Generator().manual_seed(count))
-    return torch.linalg.qr(rows)[0].T.contiguous()
+    basis: Tensor = torch.linalg.qr(rows)[0].T
+    return basis.contiguous()
 
 
 def projected(site: Site, basis: Tensor) -> Edit:
@@ -187,7 +188,7 @@ def forward_logits(model: nn.Module, tokens: Tensor) -> Tensor:
 def loss_along(model: nn.Module, buckets: Sequence[Bucket], site: Site, basis: Tensor, constant: Tensor) -> float:
     """The mean divergence with a component put at the spots by a hook on the layer."""
     layers: Any = model.get_submodule("model.layers")
-    losses = []
+    losses: list[float] = []
     for bucket in buckets:
         tokens = bucket.tokens["clean"]
         clean = forward_logits(model, tokens).double().log_softmax(-1)
