@@ -125,13 +125,15 @@ class Whole:
                 )
 
     def _remedy(self, half: bool) -> str:
-        if self.found.baseline == "zero":
+        baseline = self.found.baseline
+        if baseline == "zero":
             # Norms give back the size of what they are given: all of the change is where that is nearly nothing.
             return (
-                "norms make the metric jump next to zero, which more steps hardly follow: use baseline: mean or corrupt"
+                "norms make the metric jump next to zero, which more steps hardly follow: use baseline: corrupt or mean"
             )
-        more = f"raise attribute.inputs.steps (now {self.found.steps})"
-        return f"{more}, or use model.dtype: float32" if half else more
+        ways = [f"raise attribute.inputs.steps (now {self.found.steps})"]
+        ways += ["use baseline: corrupt, whose line is shorter"] if baseline == "mean" else []
+        return ", or ".join([*ways, *(["use model.dtype: float32"] if half else [])])
 
 
 def input_columns(found: Sequence[Attributed], prompts: PromptSet, model: LoadedModel) -> pa.Table:
