@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import pandas as pd
@@ -93,8 +94,13 @@ class AttributeView:
 
         return [(name, drawing(shape)) for name, shape in self._shapes() if shape is not None]
 
+    @cached_property
+    def maps(self) -> tuple[tuple[str, Heatmap], ...]:
+        """(file name without ending, map) of every estimator and site block."""
+        return tuple(estimate_maps(self.estimates))
+
     def _shapes(self) -> Iterator[tuple[str, Shape | None]]:
-        yield from estimate_maps(self.estimates)
+        yield from self.maps
         yield f"verified-{self.estimates.metric}", estimate_scatter(self.estimates, self.verification)
         yield "training", self._along_training()
         yield "direct-heads", head_map(self.parts, self.about)
@@ -123,11 +129,10 @@ class AttributeView:
 
     def draw(self, width: int, plain: bool) -> Iterator[Any]:
         """What rich prints: maps, strongest, how far to trust them; direct attribution, lens and tokens."""
-        maps = list(estimate_maps(self.estimates))
-        for _, heatmap in maps[:MAX_MAPS]:
+        for _, heatmap in self.maps[:MAX_MAPS]:
             yield terminal_heatmap(heatmap, width=width, plain=plain)
-        if len(maps) > MAX_MAPS:
-            yield line(f"the first {MAX_MAPS} of {len(maps)} maps; the pictures have all", plain, "dim")
+        if len(self.maps) > MAX_MAPS:
+            yield line(f"the first {MAX_MAPS} of {len(self.maps)} maps; the pictures have all", plain, "dim")
         yield from strongest_tables(self.estimates, count=self.count, width=width, plain=plain)
         yield from trust_tables(self.estimates, self.verification, self.missed, width=width, plain=plain)
         if sentences := list(subset_lines(self.estimates, self.subsets)):

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -53,7 +54,7 @@ class Estimates:
     metric: str
     spec: HeatmapSpec
 
-    @property
+    @cached_property
     def estimators(self) -> list[str]:
         """In the order of the table."""
         return distinct(self.rows, "estimator")
@@ -73,7 +74,7 @@ class Estimates:
         """What the numbers are."""
         return f"effect on {unit_of(self.metric)}" if self.quantity == "effect" else "normalised effect"
 
-    @property
+    @cached_property
     def kinds(self) -> list[str]:
         """Kinds of sites."""
         return distinct(self.rows, "site")
@@ -155,8 +156,10 @@ def _fold(part: pd.DataFrame, quantity: str) -> pd.DataFrame:
     """Of all neurons at one place the strongest, as one row of no neuron."""
     sizes = pd.to_numeric(part[quantity], errors="coerce").astype("float64").abs().fillna(-1.0)
     places = [name for name in ("layer", "position", "span", "template") if name in part]
-    ordered = part.assign(size_of_it=sizes).sort_values("size_of_it", ascending=False, kind="stable")
-    kept = ordered.drop_duplicates(places).sort_index().drop(columns="size_of_it")
+    order = np.argsort(-sizes.to_numpy(), kind="stable")
+    # Few columns are sorted: there may be a million rows.
+    first = ~part[places].iloc[order].duplicated().to_numpy()
+    kept = part.iloc[np.sort(order[first])]
     return kept.assign(neuron=pd.Series(pd.NA, index=kept.index, dtype="Int64"))
 
 
@@ -267,7 +270,10 @@ def estimate_scatter(estimates: Estimates, verification: pd.DataFrame) -> Estima
 
 
 def _scatter_panel(estimates: Estimates, estimator: str, verification: pd.DataFrame) -> EstimatePanel:
-    rows = [row for row in records(estimates.of(estimator)) if _known(row, estimates)]
+    chosen = estimates.of(estimator)
+    # A sweep of neurons has a million rows, of which a few hundred were computed exactly.
+    verified = chosen[chosen["part"].notna().to_numpy(dtype=bool)]
+    rows = [row for row in records(verified) if _known(row, estimates)]
     names = (estimates.quantity, estimates.exact)
     estimate, exact = (np.array([number(row[name]) for row in rows], dtype=np.float64) for name in names)
     if not signed(estimator, "all", estimates.kinds):
