@@ -453,6 +453,59 @@ def test_norms_have_constant_denominators_however_they_are_written(way: str) -> 
     assert (own - want).abs().max() > 0.05
 
 
+# ------------------------------------------------------------------ other things that layers compute
+
+
+def layer_slope(compute: Callable[[Tensor], Tensor], x: Tensor, *rules: str) -> Tensor:
+    """The gradient of a weighed sum of what a layer gives that computes this and nothing else."""
+    model: Any = build("llama")
+    layer = model.model.layers[0]
+    layer.forward = compute
+    x = x.clone().requires_grad_()
+    with relevance_rules(model, Case.of(build("llama")).anatomy, rules):
+        value: Tensor = layer(x)
+    assert torch.equal(value, compute(x.detach()))
+    weights = torch.linspace(-1, 2, value.numel()).view(value.shape)
+    return torch.autograd.grad((value * weights).sum(), x)[0] / weights
+
+
+X = torch.linspace(-2, 3, 24).view(1, 2, 12)
+
+
+def test_a_gate_of_attention_outputs_is_halved_and_its_sigmoid_is_a_secant() -> None:
+    def gated(x: Tensor) -> Tensor:
+        return (2 * x.flip(-1).flip(-1)) * torch.sigmoid((x.flip(-1) + 1.0).flip(-1) * 1.0)
+
+    logit = X + 1
+    secant_slope = (logit.sigmoid() - 0.5) / logit
+    full = 2 * logit.sigmoid() + 2 * X * logit.sigmoid() * (1 - logit.sigmoid())
+    assert torch.allclose(layer_slope(gated, X, "norm"), full, atol=1e-5)
+    assert torch.allclose(layer_slope(gated, X, "gate"), full / 2, atol=1e-5)
+    both = logit.sigmoid() + X * secant_slope
+    assert torch.allclose(layer_slope(gated, X, "gate", "activation"), both, atol=1e-5)
+
+
+def test_constants_and_single_numbers_are_no_gates() -> None:
+    angles = torch.linspace(0, 1, 12)
+    rotary = layer_slope(lambda x: x * angles.cos() + x.roll(1, -1).roll(-1, -1) * angles.sin(), X, "gate")
+    assert torch.allclose(rotary, (angles.cos() + angles.sin()).expand_as(X), atol=1e-6)
+    routed = partial(layer_slope, lambda x: x.flip(-1).flip(-1) * x.sum(-1, keepdim=True), X)
+    assert torch.equal(routed("gate"), routed("norm"))
+
+
+def test_activation_functions_may_work_in_place_and_exponents_may_be_tensors() -> None:
+    x = X.roll(3, -1)
+    assert torch.allclose(layer_slope(lambda x: F.silu(1 * x, inplace=True), x, "activation"), x.sigmoid(), atol=1e-5)
+    model: Any = build("llama")
+    for layer in model.model.layers:
+        layer.mlp.act_fn = nn.SiLU(inplace=True)
+    case = Case.of(model)
+    plain = Case.of(build("llama"))
+    assert deviation(gradients(case, {EMBED}, rules=ruled(case)), gradients(plain, {EMBED}, rules=ruled(plain))) < 1e-5
+    cubed = layer_slope(lambda x: x ** torch.full((1,), 3.0), x, *RULES[:2])
+    assert torch.allclose(cubed, 3 * x**2, atol=1e-4)
+
+
 # ------------------------------------------------------------------ sites, checkpointing, and what is left behind
 
 

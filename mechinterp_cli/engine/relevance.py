@@ -10,14 +10,13 @@ A rule changes what the backward pass gives and leaves every forward value as th
   number for a whole vector, such as a router's weight or a norm's scale, is none of these: it has no features.
 - `attention` (AH): attention probabilities are constants.
 
-With all four a network without biases is linear along the ray through its input, so activation · gradient, summed
-over a cut, is the logit.
+With all four, in a network without biases and routers, activation · gradient summed over a cut is the logit.
 
 The rules hold in the decoder's layers, and `norm` in the rest of the model too, for its final norm. A soft-cap of the
 logits and the metric keep their gradients, as do soft-caps of attention scores and the softmax of routers.
 Nothing here knows an architecture: operations are met where PyTorch is called, activation functions also as modules
-without weights, and attention at the interface. The figures published for GPT-2 small were made with `norm`,
-`activation` and `gate`, going by the authors' demonstration; `attention` is off there.
+without weights, and attention at the interface. The authors' demonstration on GPT-2 small has `norm`, `activation` and
+`gate`, and not `attention`.
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator, MutableMapping
@@ -155,9 +154,12 @@ def _replaced_forward(module: nn.Module, make: Callable[[Callable[..., Any]], Ca
 
 
 def _may_be_activation(module: nn.Module) -> bool:
-    """Activation functions by class, and modules that hold nothing: those are tried when they are called."""
+    """Activation functions by class, and modules that hold nothing: those are tried when they are called.
+
+    Those that work in place call PyTorch, and are met there.
+    """
     holds = (*module.children(), *module.parameters(), *module.buffers())
-    return isinstance(module, _ACTIVATION_CLASSES) or not holds
+    return not getattr(module, "inplace", False) and (isinstance(module, _ACTIVATION_CLASSES) or not holds)
 
 
 def _activation_classes() -> Iterator[type[nn.Module]]:
@@ -276,6 +278,7 @@ class _Rules(TorchFunctionMode):
             if _is_denominator(func, args):
                 return _constant_scale(func, func(*args, **kwargs))
         if "activation" in self._rules and func in _ACTIVATIONS and not _is_soft_cap(func, args[0]):
+            kwargs.pop("inplace", None)
             return self._noted(func, args, secant(lambda x: func(x, *args[1:], **kwargs), args[0]))
         if func in _PRODUCTS and len(args) == 2 and all(map(_has_gradient, args)):
             return self._product(func, *args)
@@ -334,7 +337,8 @@ def _is_soft_cap(func: Any, x: Tensor) -> bool:
 
 
 def _is_denominator(func: Any, args: Any) -> bool:
-    return func in _RECIPROCALS or func in _LENGTHS or (func in _POWERS and args[1] in (0.5, -0.5))
+    root = func in _POWERS and isinstance(args[-1], float) and abs(args[-1]) == 0.5
+    return root or func in _RECIPROCALS or func in _LENGTHS
 
 
 def _constant_scale(func: Any, scale: Tensor) -> Tensor:
