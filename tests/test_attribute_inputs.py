@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.tiny import tiny_model
+from mechinterp_cli.cli.main import main
 from mechinterp_cli.config.model import ModelOptions
-from mechinterp_cli.errors import UserError
+from mechinterp_cli.errors import ExitCode, UserError
 from mechinterp_cli.methods.attribute import columns
 from mechinterp_cli.methods.attribute.input_rows import Attributed, Whole, span_rows
 from mechinterp_cli.methods.attribute.inputs import ATTENTION, check_inputs, input_plan, input_tables
@@ -32,10 +33,11 @@ from mechinterp_cli.runs.schema import validate
 from mechinterp_cli.runs.tables import to_frame
 from mechinterp_cli.tasks.prompts import Prompt, PromptSet
 from tests.attribution_cases import in_float64, linear_model
-from tests.experiments import config_of
+from tests.experiments import config_of, run_method
 from tests.families import build
 from tests.models_fixtures import planted, smollm2, toy
 from tests.test_engine_rollout import by_hand as rollout_by_hand
+from tests.test_reproduce import tamper
 
 __all__ = ["columns", "planted", "smollm2", "toy"]
 
@@ -623,6 +625,16 @@ def test_the_plan_counts_without_a_pass(toy: LoadedModel, tmp_path: Path, monkey
     assert plan["occlusion"]["computed"] == sum(LENGTHS)
     without = setting_of(tmp_path, toy, {"estimators": ["occlusion"]}, compute=False, metrics=["kl"])
     assert input_plan(options_of(without), without)["occlusion"]["computed"] == sum(LENGTHS)
+
+
+def test_a_run_is_reproduced_and_a_changed_number_is_found(tmp_path: Path) -> None:
+    section = {"inputs": {"estimators": [*ALL, "rollout"], "steps": 4}}
+    run = run_method(tmp_path, "attribute", section, metrics=["logit_diff"])
+    assert {"inputs", "input_spans", "input_completeness"} <= {path.stem for path in run.path.glob("*.parquet")}
+    again = ["reproduce", str(run.path), "--out", str(tmp_path / "again")]
+    assert main([*again, "--exact"]) == ExitCode.DONE
+    tamper(run.path, "inputs", 5, "value", 0.5)
+    assert main(again) == ExitCode.DIFFERS
 
 
 @pytest.mark.slow

@@ -86,7 +86,7 @@ def table_differences(name: str, recorded: pa.Table, repeated: pa.Table, toleran
 
 def _inferred_alike(before: pd.DataFrame, now: pd.DataFrame, tolerance: Tolerance) -> npt.NDArray[np.bool_]:
     """Rows whose statistics must be the same (see `INFERRED`)."""
-    column = "effect" if "effect" in before else "value"
+    column = next(name for name in ("effect", "value", "mean") if name in before)
     first, second = (frame[column].to_numpy(dtype=np.float64, na_value=np.nan) for frame in (before, now))
     alike: npt.NDArray[np.bool_] = (first == second) & (np.abs(first) > tolerance.atol)
     return alike
