@@ -1,12 +1,14 @@
-"""A forward pass that ends as soon as what it was run for is known."""
+"""A forward pass, or a layer's call, that ends as soon as what it was run for is known."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mechinterp_cli.models.anatomy import device_of
+from mechinterp_cli.models.interface import AttentionCall, Handler
 from mechinterp_cli.models.record import hooked
 from mechinterp_cli.models.walk import forward
 
@@ -42,3 +44,43 @@ def forward_until(model: nn.Module, tokens: Tensor, module: nn.Module, done: Cal
                 raise
         finally:
             stop.__traceback__ = None  # its frames hold the pass's activations
+
+
+class Attended:
+    """Answers one attention call, keeps z and ends what called it.
+
+    Args:
+        attend: Computes attention.
+    """
+
+    def __init__(self, attend: Handler) -> None:
+        self.stop = _Stop()
+        self._attend = attend
+        self._z: Tensor | None = None
+
+    @property
+    def z(self) -> Tensor:
+        """What attention gave."""
+        assert self._z is not None, "attention was not called"
+        return self._z
+
+    def handler(self, call: AttentionCall) -> tuple[Tensor, Tensor | None]:
+        """Stands in for `attend`; does not return."""
+        self._z = self._attend(call)[0]
+        raise self.stop
+
+
+@contextmanager
+def ending_in_attention(attend: Handler) -> Iterator[Attended]:
+    """Run one layer inside, with the handler of what this gives; it ends when its attention is known.
+
+    The layer's modules do not come to their end: whoever keeps weights elsewhere lets the layer run again, whole.
+    """
+    known = Attended(attend)
+    try:
+        yield known
+    except _Stop as caught:
+        if caught is not known.stop:
+            raise
+    finally:
+        known.stop.__traceback__ = None  # its frames hold the layer's activations

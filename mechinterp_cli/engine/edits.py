@@ -53,6 +53,10 @@ class RowValues(ABC):
             units: Heads or features; None for all.
         """
 
+    def alike(self, prompt: int) -> int:
+        """A number that prompts share only if their values are the same at every position."""
+        return prompt
+
     @abstractmethod
     def of(self, prompts: Sequence[int]) -> "RowValues":
         """The values of a bucket of only these of the prompts."""

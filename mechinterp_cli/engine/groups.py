@@ -1,14 +1,16 @@
 """Groups of rows: which parts of which trials are computed together."""
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mechinterp_cli.engine.edits import Edit, Rows, Site, Trial
+from mechinterp_cli.engine.edits import Bucket, Edit, Rows, Site, Trial
+from mechinterp_cli.engine.packed_attention import Shared
+from mechinterp_cli.engine.sharing import Sharing
 
 
 def first_layer(edit: Edit) -> int:
@@ -33,40 +35,89 @@ class Part:
 
 
 class Group:
-    """Parts that start at the same position on the same prompts, in the order of their admission.
+    """Parts that start at the same position on the same prompts and share rows alike, in the order of their admission.
 
-    `state` is [parts, prompts, width, d_model]; the first `active` parts are under way.
+    A part's *cells* are its (prompt, position) pairs, prompt by prompt. Each has a row of its own, or prompts that
+    begin alike share rows. `state` is [parts, rows, d_model]; the first `active` parts are under way.
+
+    Args:
+        stream: What the parts started from.
+        start: Their first position.
+        prompts: Their prompts.
+        shared: For every cell its row; None where each has its own.
+        width: Positions from the start on.
     """
 
-    def __init__(self, stream: str, start: int, prompts: tuple[int, ...], width: int) -> None:
+    def __init__(
+        self, stream: str, start: int, prompts: tuple[int, ...], shared: tuple[int, ...] | None, width: int
+    ) -> None:
+        cells = range(len(prompts) * width)
         self.stream = stream
         self.start = start
-        self.prompts = torch.tensor(prompts)
         self.width = width
+        self.prompts = torch.tensor(prompts)
+        self.own_rows = None if shared is None else _first_cells(shared)
+        """Where rows are shared, the first cell of each and the row."""
+        self.row_of_cell = torch.tensor(cells if shared is None else shared)
+        self.cell_of_row = first = torch.tensor(list(cells if self.own_rows is None else self.own_rows))
+        self.prompt_of_row = self.prompts[first // width]
+        self.position_of_row = first % width + start
         self.parts: list[Part] = []
         self.active = 0
         self.state = torch.empty(0)
+        self.read_rows = torch.empty(0, dtype=torch.long)
+        """Rows of a part whose logits are read."""
+
+    @property
+    def shared(self) -> Shared | None:
+        """How cells and rows belong together, where prompts share rows."""
+        return None if self.own_rows is None else Shared(self.row_of_cell, self.cell_of_row)
 
     @property
     def rows_per_part(self) -> int:
         """Rows that one part has."""
-        return len(self.prompts) * self.width
+        return len(self.cell_of_row)
+
+    def place(self, read: Tensor, like: Tensor) -> None:
+        """Make room on the device of `like`, a hidden state; `read` is [prompts of the bucket, reads]."""
+        for name in ("prompts", "row_of_cell", "cell_of_row", "prompt_of_row", "position_of_row"):
+            setattr(self, name, getattr(self, name).to(like.device))
+        self.state = like.new_empty(len(self.parts), self.rows_per_part, like.shape[-1])
+        at = read[self.prompts]
+        self.read_rows = torch.unique(self.rows_at(at)[at >= self.start])
+
+    def rows_at(self, positions: Tensor) -> Tensor:
+        """Rows [prompts, n] of some positions [prompts, n]; those before the start count as the start."""
+        cells = torch.arange(len(self.prompts), device=positions.device)[:, None] * self.width
+        return self.row_of_cell[cells + (positions - self.start).clamp(min=0)]
 
 
-def group_trials(trials: Sequence[Trial], length: int, *, packed: bool) -> list[Group]:
+def _first_cells(shared: tuple[int, ...]) -> dict[int, int]:
+    """For every row, in order, the first cell that has it; rows are numbered as they first come."""
+    firsts: dict[int, int] = {}
+    for cell, row in enumerate(shared):
+        if row == len(firsts):
+            firsts[cell] = row
+    return firsts
+
+
+def group_trials(trials: Sequence[Trial], bucket: Bucket, *, packed: bool) -> list[Group]:
     """Sort the trials' (trial, prompt) pairs into groups."""
-    groups: dict[tuple[str, int, tuple[int, ...]], Group] = {}
+    groups: dict[tuple[str, int, tuple[int, ...], tuple[int, ...]], Group] = {}
+    sharing = Sharing(bucket)
     for slot, trial in enumerate(trials):
         starts: dict[int, list[int]] = defaultdict(list)
         for prompt in trial.prompts:
             starts[trial.start(prompt) if packed else 0].append(prompt)
         first = admission(trial)
         for start, prompts in starts.items():
-            if start >= length:
+            if start >= bucket.length:
                 continue  # no edit touches these prompts
-            key = (trial.stream, start, tuple(prompts))
-            group = groups.setdefault(key, Group(*key, length - start))
-            group.parts.append(Part(trial, slot, first))
+            shared = sharing.rows(trial, prompts, start) if packed else None
+            key = (trial.stream, start, tuple(prompts), shared or ())
+            if key not in groups:
+                groups[key] = Group(trial.stream, start, tuple(prompts), shared, bucket.length - start)
+            groups[key].parts.append(Part(trial, slot, first))
     for group in groups.values():
         group.parts.sort(key=lambda part: (part.first, part.slot))
     return [groups[key] for key in sorted(groups)]
@@ -89,19 +140,21 @@ class Piece:
 
     @property
     def state(self) -> Tensor:
-        """A view of the group's state, [parts, prompts, width, d_model]."""
+        """A view of the group's state, [parts, rows, d_model]."""
         return self.group.state[self.low : self.high]
 
     def prompt_of_rows(self) -> Tensor:
-        """Prompt index of every row."""
-        group = self.group
-        return group.prompts[None, :, None].expand(self.high - self.low, -1, group.width).reshape(-1)
+        """Prompt index of every row; of a shared one its first prompt."""
+        return self.group.prompt_of_row.repeat(self.high - self.low)
 
     def position_of_rows(self) -> Tensor:
         """Absolute position of every row."""
-        group = self.group
-        positions = torch.arange(group.start, group.start + group.width, device=group.prompts.device)
-        return positions.expand(self.high - self.low, len(group.prompts), -1).reshape(-1)
+        return self.group.position_of_row.repeat(self.high - self.low)
+
+    def read_rows(self) -> Tensor:
+        """The call's rows whose logits are read."""
+        parts = torch.arange(self.high - self.low, device=self.group.read_rows.device)
+        return (self.row + parts[:, None] * self.group.rows_per_part + self.group.read_rows).flatten()
 
 
 def pieces_of(groups: Sequence[Group], rows_per_call: int) -> Iterator[list[Piece]]:
@@ -131,7 +184,11 @@ def rows_of(edit: Edit, piece: Piece, part: int) -> tuple[list[int], list[int], 
     index, prompt_of, position_of = [], [], []
     for i, prompt in enumerate(group.prompts.tolist()):
         for position in edit.positions[prompt]:
-            index.append(base + i * group.width + position - group.start)
+            cell = i * group.width + position - group.start
+            row = cell if group.own_rows is None else group.own_rows.get(cell)
+            if row is None:
+                continue  # shared with a prompt before, and edited there
+            index.append(base + row)
             prompt_of.append(prompt)
             position_of.append(position)
     return index, prompt_of, position_of
@@ -163,3 +220,17 @@ def edits_in(
     for _, (edit, rows) in sorted(joined.items(), key=lambda item: item[0][0]):
         found[edit.site].append((edit, Rows(*(torch.tensor(r, device=device, dtype=torch.long) for r in rows))))
     return found
+
+
+def only_rows(
+    edits: Mapping[Site, Sequence[tuple[Edit, Rows]]], kept: Tensor, rows: int
+) -> dict[Site, list[tuple[Edit, Rows]]]:
+    """The edits on a call of only these of the rows, [kept]."""
+    place = torch.full((rows,), -1, device=kept.device)
+    place[kept] = torch.arange(len(kept), device=kept.device)
+
+    def cut(old: Rows) -> Rows:
+        there = place[old.index] >= 0
+        return Rows(place[old.index][there], old.prompt[there], old.position[there])
+
+    return {site: [(edit, cut(old)) for edit, old in some] for site, some in edits.items()}

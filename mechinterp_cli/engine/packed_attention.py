@@ -32,8 +32,19 @@ class StreamAttention:
 
 
 @dataclass(frozen=True, eq=False)
+class Shared:
+    """Which rows of a part stand for its (prompt, position) cells: `row` by cell, the first `cell` by row."""
+
+    row: Tensor
+    cell: Tensor
+
+
+@dataclass(frozen=True, eq=False)
 class Segment:
-    """Rows `lo` to `hi` of a packed call: [parts, prompts, width] rows from position `start` on."""
+    """Rows `lo` to `hi` of a packed call: parts × (prompt, position) cells from position `start` on.
+
+    Where prompts share rows, the rows are laid out as cells for attention and taken back afterwards.
+    """
 
     lo: int
     hi: int
@@ -41,10 +52,23 @@ class Segment:
     start: int
     prompts: Tensor
     width: int
+    shared: Shared | None = None
+
+    def cells(self, rows: Float[Tensor, "rows ..."]) -> Float[Tensor, "parts prompts width ..."]:
+        """This segment's rows by cell."""
+        rows = torch.unflatten(rows[self.lo : self.hi], 0, (self.parts, -1))
+        rows = rows if self.shared is None else rows[:, self.shared.row]
+        return torch.unflatten(rows, 1, (len(self.prompts), self.width))
+
+    def rows(self, cells: Float[Tensor, "cells ..."]) -> Float[Tensor, "rows ..."]:
+        """The rows of all its cells."""
+        if self.shared is None:
+            return cells
+        return torch.unflatten(cells, 0, (self.parts, -1))[:, self.shared.cell].flatten(0, 1)
 
     def cut(self, x: Float[Tensor, "1 heads rows d"]) -> Float[Tensor, "heads parts prompts width d"]:
         """This segment's rows of a packed q, k or v."""
-        return torch.unflatten(x[0, :, self.lo : self.hi], 1, (self.parts, len(self.prompts), self.width))
+        return self.cells(x[0].transpose(0, 1)).permute(3, 0, 1, 2, 4)
 
     def prefix(self, x: Tensor) -> Float[Tensor, "prompts heads start d"]:
         """The stream's keys or values before the segment's first position."""
@@ -105,7 +129,7 @@ def _merged_segment(
     # a row with every key masked has total 0 and z 0
     z = (z / total.clamp(min=torch.finfo(torch.float32).tiny)).to(v.dtype)
     z = torch.unflatten(z, 3, (share, segment.width)).permute(2, 0, 4, 1, 3, 5)
-    return z.reshape(segment.hi - segment.lo, kv_heads * share, -1)
+    return segment.rows(z.reshape(-1, kv_heads * share, z.shape[-1]))
 
 
 def _sinks(rule: SoftmaxRule, kv_heads: int, share: int, width: int) -> Tensor | None:
@@ -148,7 +172,7 @@ def native_attention(
     call: AttentionCall, stream: StreamAttention, segments: list[Segment]
 ) -> Float[Tensor, "1 rows heads dv"]:
     """Z of every packed row by the model's own attention function, for layers whose rule is not known."""
-    parts = [call.native(*whole_keys(call, stream, segment))[0].flatten(0, 1) for segment in segments]
+    parts = [s.rows(call.native(*whole_keys(call, stream, s))[0].flatten(0, 1)) for s in segments]
     return torch.cat(parts)[None]
 
 
@@ -163,10 +187,11 @@ class OpenAttention:
         self.scores = self._rows([masked_scores(self.rule, q, k, mask) for q, k, _, mask in pieces])
 
     def _rows(self, pieces: list[Tensor]) -> Float[Tensor, "1 rows heads keys"]:
-        return torch.cat([p.transpose(1, 2).flatten(0, 1) for p in pieces])[None]
+        rows = (s.rows(p.transpose(1, 2).flatten(0, 1)) for s, p in zip(self.segments, pieces, strict=True))
+        return torch.cat(list(rows))[None]
 
     def _pieces(self, rows: Tensor) -> list[Tensor]:
-        return [torch.unflatten(rows[0, s.lo : s.hi], 0, (-1, s.width)).transpose(1, 2) for s in self.segments]
+        return [s.cells(rows[0]).flatten(0, 1).transpose(1, 2) for s in self.segments]
 
     def pattern(self, scores: Float[Tensor, "1 rows heads keys"]) -> Float[Tensor, "1 rows heads keys"]:
         """Probabilities of these scores."""
@@ -174,5 +199,5 @@ class OpenAttention:
 
     def z(self, pattern: Float[Tensor, "1 rows heads keys"]) -> Float[Tensor, "1 rows heads dv"]:
         """The values weighed by the pattern."""
-        pieces = self._pieces(pattern)
-        return torch.cat([weigh(p, v).flatten(0, 1) for p, v in zip(pieces, self.values, strict=True)])[None]
+        pieces = zip(self.segments, self._pieces(pattern), self.values, strict=True)
+        return torch.cat([s.rows(weigh(p, v).flatten(0, 1)) for s, p, v in pieces])[None]

@@ -115,7 +115,7 @@ def layer_parameters(model: nn.Module, anatomy: Anatomy) -> float:
 
 
 def trial_rows(trial: Trial, length: int, *, packed: bool) -> int:
-    """Rows of one trial over its prompts."""
+    """Rows of one trial over its prompts, at most: prompts that begin alike share some (`sharing`)."""
     if not packed:
         return length * len(trial.prompts)
     return sum(max(0, length - trial.start(prompt)) for prompt in trial.prompts)

@@ -4,7 +4,8 @@ Layers are the outer loop, trials the inner one. The streams pass a layer first 
 values and what the layer's edits read; then the trials whose first edit lies there are admitted with the
 stream's own hidden state, edited, and passed through the layer together with all that are under way.
 Two layouts share this loop: *packed* rows from the first edited position on, and whole prompts as a batch
-(layer resume, for models whose layers cannot be called row by row).
+(layer resume, for models whose layers cannot be called row by row). Packed prompts that begin alike share rows, and
+in the last layer only the rows that are read go on after attention.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -13,9 +14,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from mechinterp_cli.engine.early import ending_in_attention
 from mechinterp_cli.engine.edits import Bucket, Edit, Rows, Site, Trial, edited, needed
 from mechinterp_cli.engine.gather import Roles, RowIndex, axis_roles, batched_call, packed_call
-from mechinterp_cli.engine.groups import Group, Piece, edits_in, group_trials, pieces_of
+from mechinterp_cli.engine.groups import Group, Piece, edits_in, group_trials, only_rows, pieces_of
 from mechinterp_cli.engine.instrument import Reader, interface_handler, layer_of, module_hooks, visit_heads
 from mechinterp_cli.engine.packed_attention import (
     OpenAttention,
@@ -71,6 +73,8 @@ class Stream:
     calls: list[LayerCall]
     hidden: Tensor
     attention: StreamAttention | None = None
+    attended: int = 0
+    """How often the last layer that it passed called attention."""
 
 
 def check_finite(hidden: Tensor, layer: int, what: str) -> None:
@@ -144,8 +148,9 @@ class Wavefront:
         reads = needed(trials)
         names = sorted({trial.stream for trial in trials} | {name for name, _ in reads} | set(bucket.tokens))
         streams = {name: self._begin(bucket, name) for name in names}
-        groups = group_trials(trials, bucket.length, packed=self.packed)
-        self._place(groups, next(iter(streams.values())).hidden)
+        groups = group_trials(trials, bucket, packed=self.packed)
+        for group in groups:
+            group.place(bucket.read.to(self.device), next(iter(streams.values())).hidden)
         roles = axis_roles(self.walker, bucket.length, self.anatomy.vocab_size, self.device)
         for layer in range(self.anatomy.n_layers + 1):
             self._between(layer, streams, groups, reads)
@@ -167,11 +172,6 @@ class Wavefront:
         hidden = calls[0].hidden
         return Stream(calls, hidden if noise is None else hidden + noise.to(hidden))
 
-    def _place(self, groups: Sequence[Group], like: Tensor) -> None:
-        for group in groups:
-            group.prompts = group.prompts.to(self.device)
-            group.state = like.new_empty(len(group.parts), len(group.prompts), group.width, like.shape[-1])
-
     def _between(
         self, layer: int, streams: Mapping[str, Stream], groups: Sequence[Group], reads: set[tuple[str, Site]]
     ) -> None:
@@ -183,7 +183,7 @@ class Wavefront:
         for group in groups:
             base = streams[group.stream].hidden
             while group.active < len(group.parts) and group.parts[group.active].first <= layer:
-                group.state[group.active] = base[group.prompts, group.start :]
+                group.state[group.active] = base[group.prompt_of_row, group.position_of_row]
                 group.active += 1
             if group.active:
                 self._edit_state(group, frozenset(sites))
@@ -203,9 +203,10 @@ class Wavefront:
 
         def handler(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
             stream.attention = StreamAttention(call.k, call.v, call.mask)
+            stream.attended += 1
             return inner(call)
 
-        self._handler = handler
+        self._handler, stream.attended = handler, 0
         with module_hooks(self.model, self.anatomy.layers[layer], kinds, reader, layer_ends=False):
             stream.hidden = self.walker.run(layer, stream.calls[layer], stream.hidden)
         if self.settings.check_finite:
@@ -221,20 +222,47 @@ class Wavefront:
         rows = torch.cat([piece.state.reshape(-1, piece.state.shape[-1]) for piece in pieces])
         prompt = torch.cat([piece.prompt_of_rows() for piece in pieces])
         if self.packed:
-            position = torch.cat([piece.position_of_rows() for piece in pieces])
-            call = packed_call(stream.calls[layer], roles, RowIndex(prompt, position, length))
-            hidden = rows[None]
+            index = RowIndex(prompt, torch.cat([piece.position_of_rows() for piece in pieces]), length)
             self._handler = self._packed_handler(layer, stream, pieces, edited_kinds)
+            read = torch.cat([piece.read_rows() for piece in pieces])
+            if layer == self.anatomy.n_layers - 1 and stream.attended == 1 and 2 * len(read) <= len(rows):
+                out = self._last(stream, roles, rows, index, read, edited_kinds)
+            else:
+                call = packed_call(stream.calls[layer], roles, index)
+                out = self._through(layer, call, rows[None], edited_kinds)
         else:
             call = batched_call(stream.calls[layer], roles, prompt[::length])
-            hidden = torch.unflatten(rows, 0, (-1, length))
             self._handler = interface_handler(self.model, self.anatomy, {layer: edited_kinds}, self._visit)
-        with module_hooks(self.model, self.anatomy.layers[layer], edited_kinds, self._visit, layer_ends=False):
-            out = self.walker.run(layer, call, hidden).reshape(rows.shape)
+            out = self._through(layer, call, torch.unflatten(rows, 0, (-1, length)), edited_kinds)
         if self.settings.check_finite:
             check_finite(out, layer, "an edited pass")
         for piece in pieces:
             piece.state.copy_(out[piece.row : piece.row + piece.rows].view_as(piece.state))
+
+    def _through(self, layer: int, call: LayerCall, hidden: Tensor, kinds: frozenset[str]) -> Tensor:
+        """A layer's output as rows [rows, d_model], the edits of these kinds made."""
+        with module_hooks(self.model, self.anatomy.layers[layer], kinds, self._visit, layer_ends=False):
+            return self.walker.run(layer, call, hidden).reshape(-1, hidden.shape[-1])
+
+    def _last(
+        self, stream: Stream, roles: Roles, rows: Tensor, index: RowIndex, read: Tensor, kinds: frozenset[str]
+    ) -> Tensor:
+        """The last layer: after its attention nobody looks across rows, so only rows that are read go on.
+
+        The others come back as they went in.
+        """
+        layer = self.anatomy.n_layers - 1
+        call, attend = stream.calls[layer], self._handler
+        assert attend is not None
+        if not len(read):
+            return rows
+        with ending_in_attention(attend) as known:
+            self._handler = known.handler
+            self.walker.run(layer, packed_call(call, roles, index), rows[None])
+        self._handler = lambda _call: (known.z[:, read], None)
+        self._edits = only_rows(self._edits, read, len(rows))
+        index = RowIndex(index.prompt[read], index.position[read], index.length)
+        return rows.index_copy(0, read, self._through(layer, packed_call(call, roles, index), rows[None, read], kinds))
 
     def _visit(self, site: Site, activation: Tensor) -> Tensor | None:
         """Make this call's edits at a site."""
@@ -257,8 +285,9 @@ class Wavefront:
     ) -> Callable[[AttentionCall], tuple[Tensor, Tensor | None]]:
         known = self.anatomy.layers[layer].known_softmax
         segments = [
-            Segment(p.row, p.row + p.rows, p.high - p.low, p.group.start, p.group.prompts, p.group.width)
+            Segment(p.row, p.row + p.rows, p.high - p.low, g.start, g.prompts, g.width, g.shared)
             for p in pieces
+            for g in (p.group,)
         ]
 
         def handler(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
@@ -303,10 +332,7 @@ class Wavefront:
             values[slot, list(trial.prompts)] = base[trial.stream][list(trial.prompts)]
         for group in groups:
             at = read[group.prompts]
-            inside = (at - group.start).clamp(min=0)
-            rows = torch.arange(len(group.prompts), device=self.device)
-            final = group.state[:, rows[:, None], inside]
-            before = finals[group.stream][group.prompts]
+            final, before = group.state[:, group.rows_at(at)], finals[group.stream][group.prompts]
             final = torch.where((at >= group.start)[None, :, :, None], final, before[None])
             slots = torch.tensor([part.slot for part in group.parts], device=self.device)
             metrics = self._metrics(final.flatten(0, 1), group.prompts.repeat(len(group.parts)), measure)

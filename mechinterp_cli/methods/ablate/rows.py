@@ -34,6 +34,10 @@ class Table(RowValues):
             position = torch.zeros_like(position)
         return _chosen(self.table[self.groups[prompt], position], units)
 
+    def alike(self, prompt: int) -> int:
+        """The prompt's group."""
+        return int(self.groups[prompt])
+
     def of(self, prompts: Sequence[int]) -> "Table":
         """Of some of the prompts."""
         return Table(self.table, self.groups[list(prompts)].tolist())
