@@ -214,7 +214,7 @@ Models = Callable[[str], LoadedModel]
 
 @pytest.fixture(scope="session")
 def models(toy: LoadedModel) -> Models:
-    known = {"toy": toy} | {family: loaded_model(build(family), toy) for family in FAMILIES}
+    known = {"toy": toy} | {family: loaded_model(build(family), toy) for family in (*FAMILIES, "mamba", "gptj")}
     return known.__getitem__
 
 
@@ -229,7 +229,12 @@ def assert_close(got: Done, estimator: str, want: Callable[[Prompt], Tensor], to
             assert float((own - values).abs().max()) <= tolerance * max(scale, 1.0), (name, own, values)
 
 
-CASES = [("toy", "mean"), *((family, baseline) for family in FAMILIES for baseline in BASELINES)]
+CASES = [
+    ("toy", "mean"),
+    ("mamba", "corrupt"),
+    ("gptj", "mean"),
+    *((family, baseline) for family in FAMILIES for baseline in BASELINES),
+]
 
 
 @pytest.mark.parametrize(("family", "baseline"), CASES)
