@@ -240,6 +240,20 @@ def test_layers_of_experts_are_whole_where_others_are_split(tmp_path: Path) -> N
     assert any(text.startswith(said) for text in found.warnings)
 
 
+def test_neurons_behind_something_that_is_no_norm_are_whole(tmp_path: Path) -> None:
+    model = tiny("gemma2")
+    inner: Any = model.model
+    inner.model.layers[1].post_feedforward_layernorm.register_forward_hook(lambda _m, _a, out: out + 0.1 * out**2)
+    found = direct(tmp_path, model, EVERYTHING)
+    rows = found.tables["direct"]
+    assert set(rows[rows["component"] == "neuron"]["layer"]) == {0, 2}
+    assert_sums(rows, "mlp", "layer")
+    said = "direct: neurons are not told apart in layer 1: what stands between the down projection and the residual"
+    assert any(text.startswith(said) for text in found.warnings)
+    native = [native_difference(model.model, one) for one in PROMPTS]
+    np.testing.assert_allclose(sums(rows, "total").to_numpy(float), native, rtol=0, atol=1e-4)
+
+
 def test_attention_that_is_not_linear_in_z_is_whole(tmp_path: Path) -> None:
     model = tiny("qwen3_next")
     found = direct(tmp_path, model, {"sources": True})

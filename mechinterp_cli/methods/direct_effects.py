@@ -15,7 +15,7 @@ from torch import Tensor
 from mechinterp_cli.engine.edits import Site
 from mechinterp_cli.engine.instrument import kinds_by_layer, visiting
 from mechinterp_cli.models.anatomy import device_of
-from mechinterp_cli.models.linear import LayerMaps, LinearMaps, Unembedding
+from mechinterp_cli.models.linear import LinearMaps, Unembedding
 from mechinterp_cli.models.loaded import LoadedModel
 from mechinterp_cli.models.walk import forward
 from mechinterp_cli.tasks.prompts import Prompt
@@ -142,22 +142,23 @@ class Batch:
 
     def head_directions(self, layer: int) -> Float[Tensor, "prompts heads d_value"] | None:
         """What one unit of each head's z adds to the logit difference; None where heads cannot be told apart."""
-        maps = self.paths.maps.layer(layer)
-        if maps.output is None or maps.writes is None:
+        output, heads = self.paths.maps.output(layer), self.paths.model.anatomy.layers[layer].heads
+        if isinstance(output, str) or heads is None:
             return None
+        writes = torch.unflatten(output.matrix[0], 0, (heads.query, heads.d_value))
         z, added = self.seen[Site("z", layer)], self.seen[Site("attn_out", layer)]
-        scale = maps.output.scale(z.flatten(1), added[:, None])
-        return torch.einsum("hvd,nd->nhv", maps.writes, self.direction) / scale[..., None]
+        scale = output.scale(z.flatten(1), added[:, None])
+        return torch.einsum("hvd,nd->nhv", writes, self.direction) / scale[..., None]
 
     def _attention(self, layer: int) -> tuple[Float[Tensor, "prompts heads"], Float[Tensor, " prompts"]]:
         """Each head's part, and what attention adds beside them."""
         blank = self.direction.new_full((len(self.direction), self.paths.n_heads), torch.nan)
-        directions = self.head_directions(layer)
-        if directions is None:
+        output, directions = self.paths.maps.output(layer), self.head_directions(layer)
+        if isinstance(output, str) or directions is None:
             return blank, self.part(Site("attn_out", layer))
         heads = (self.seen[Site("z", layer)] * directions).sum(-1)
         blank[:, : heads.shape[1]] = heads
-        return blank, self.direction @ _offset(self.paths.maps.layer(layer))
+        return blank, self.direction @ output.offset[0]
 
     def deviation(self) -> float:
         """How far the answers' logits of the whole last stream are from the model's own, in parts of the largest."""
@@ -170,11 +171,6 @@ class Batch:
             told = told if cap is None else torch.tanh(told / cap) * cap
             worst = torch.maximum(worst, (told - self.logits[row, tokens]).abs().max())
         return float(worst / largest)
-
-
-def _offset(maps: LayerMaps) -> Float[Tensor, " d_model"]:
-    assert maps.output is not None
-    return maps.output.offset[0]
 
 
 class Split(Protocol):
@@ -231,8 +227,8 @@ def direct_effects(
         return "this model gives NaN or infinity on these prompts"
     if not native <= ADDITIVE:
         return "this model's logits on these prompts are not its output head's product times one number"
-    layers = range(paths.model.anatomy.n_layers)
-    return _summed(found, native, {i: r for i in layers if (r := paths.maps.layer(i).missing.get("output"))})
+    outputs = {layer: paths.maps.output(layer) for layer in range(paths.model.anatomy.n_layers)}
+    return _summed(found, native, {layer: why for layer, why in outputs.items() if isinstance(why, str)})
 
 
 def _summed(found: Mapping[str, Tensor], native: float, reasons: Mapping[int, str]) -> DirectEffects | str:

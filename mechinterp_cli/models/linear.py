@@ -112,6 +112,7 @@ class LinearMaps:
         self._config = text_config(model)
         self._sample: Sample = self.trials.sample()
         self._layers: dict[int, LayerMaps] = {}
+        self._outputs: dict[int, ScaledMap | str] = {}
 
     def unembedding(self) -> Unembedding | str:
         """The way from the last hidden state to the logits, or the reason why it is not of the known form."""
@@ -150,6 +151,14 @@ class LinearMaps:
             self._layers[index] = self._find(self.anatomy.layers[index])
         return self._layers[index]
 
+    def output(self, index: int) -> ScaledMap | str:
+        """One layer's `LayerMaps.output` without what attention reads, or the reason why there is none."""
+        if index not in self._outputs:
+            missing: dict[str, str] = {}
+            found = self._output(self.anatomy.layers[index], missing)
+            self._outputs[index] = missing["output"] if found is None else found
+        return self._outputs[index]
+
     def values(self, index: int, hidden: Float[Tensor, "rows d_model"]) -> Float[Tensor, "rows kv_heads d_value"]:
         """The model's own v, biases and norm included, of tokens whose residual stream is `hidden`."""
         return self.trials.attention_inputs(index, hidden)[-1].float()
@@ -157,9 +166,17 @@ class LinearMaps:
     def _find(self, layer: LayerAnatomy) -> LayerMaps:
         missing: dict[str, str] = {}
         read = self._reads(layer, missing)
-        output = self._output(layer, missing)
+        output = self.output(layer.index)
+        if isinstance(output, str):
+            missing["output"] = output
         return LayerMaps(
-            layer.index, layer.heads, read.get("query"), read.get("key"), read.get("value"), output, missing
+            layer.index,
+            layer.heads,
+            read.get("query"),
+            read.get("key"),
+            read.get("value"),
+            None if isinstance(output, str) else output,
+            missing,
         )
 
     def _reads(self, layer: LayerAnatomy, missing: dict[str, str]) -> dict[str, Tensor]:

@@ -155,11 +155,11 @@ class Sources:
         """By layer whose heads can be told apart, what one unit of z adds."""
         found: dict[int, Tensor] = {}
         for layer in (layer.index for layer in self.anatomy.layers if layer.index not in self.reasons):
-            directions = batch.head_directions(layer)
-            if directions is None:
-                self.reasons[layer] = batch.paths.maps.layer(layer).missing["output"]
-            else:
+            directions, output = batch.head_directions(layer), batch.paths.maps.output(layer)
+            if directions is not None:
                 found[layer] = directions
+            elif isinstance(output, str):
+                self.reasons[layer] = output
         return found
 
     def _check(self, parts: Tensor, whole: Tensor) -> None:
