@@ -45,7 +45,7 @@ STEPS = (("step-0", 0), ("step-10", 1000))
             ["00-z-atp-logit_diff", "00-z-relp-logit_diff", "verified-logit_diff"],
         ),
         (Fake(blocks=("z",), estimators=("atp",), random=0), ["00-z-atp-logit_diff"]),
-        (LENS, ["lens-resid_post", "lens-embed", "lens"]),
+        (LENS, ["lens-resid_post", "lens"]),
         (TOKENS, ["tokens-logit_diff", "spans-logit_diff"]),
         (DIRECT, ["direct-heads", "direct"]),
     ],

@@ -95,6 +95,19 @@ def test_the_lens_by_layer_is_a_table_and_curves() -> None:
     assert "means over 3 prompts" in title_of(spec)
 
 
+def test_the_embedding_stands_below_the_layers_and_is_no_curve() -> None:
+    shown = view(replace(LENS, lens=("embed", "resid_post")))
+    assert names(shown) == ["lens-resid_post", "lens"]
+    spec = specs(shown)["lens-resid_post"]
+    assert spec["concat"][0]["layer"][0]["encoding"]["y"]["scale"]["domain"] == ["2", "1", "0", "embed"]
+    assert cells(text(shown), "embed")[1:3] == [f"{(0.25 + 0.125 + 0.25 / 3) / 3:.3f}", "20"]
+    curves = specs(shown)["lens"]
+    assert {row["name"] for row in data(curves, "name", "x", "y")} == {"resid_post"}
+    assert "What the embedding itself says is not drawn." in title_of(curves)
+    assert "not drawn" not in title_of(specs(view(LENS))["lens"])
+    assert names(view(replace(LENS, lens=("embed",)))) == ["lens-embed", "lens"]
+
+
 def test_without_answers_the_lens_tells_of_divergence_alone() -> None:
     shown = view(replace(LENS, answers=False))
     assert len(specs(shown)["lens"]["concat"]) == 1
@@ -211,7 +224,8 @@ def test_rollout_alone_is_shown_too() -> None:
 def test_spans_and_completeness_are_told() -> None:
     shown = text(view(TOKENS), 120)
     assert cells(shown, "occlusion (exact)")[1:4] == ["IO", "-1.400", "[-1.600, -1.200]"]
-    assert "sums over tokens miss M(input) - M(baseline) by 0.6 % of it at most, on 3 prompts" in unbroken(shown)
+    said = "miss M(input) - M(baseline) by 0.4 % of it at the median prompt and 0.6 % at most, of 3 prompts"
+    assert said in unbroken(shown)
     spec = specs(view(TOKENS))["spans-logit_diff"]
     assert {(row["name"], row["series"]) for row in data(spec, "name", "series", "value")} == {
         (span, name)

@@ -16,6 +16,7 @@ from mechinterp_cli.report.tables import Column, line, text_table
 from mechinterp_cli.report.wordgrid import WordGrid, WordPanel, terminal_words
 
 WIDTH = 330
+EMBED, BELOW = "embed", -1
 _SHARE = ColourScale(low=0.0, middle=0.0, high=1.0)
 _COLUMNS = {
     "layer": Column(),
@@ -34,7 +35,7 @@ def _likeliest(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def lens_grids(rows: pd.DataFrame, tokens: Mapping[int, Sequence[str]], about: Sequence[str]) -> Iterator[WordGrid]:
-    """What the first prompt's streams say: a grid per kind of site.
+    """What the first prompt's streams say: a grid per kind of site, each above what the embedding says.
 
     Args:
         rows: The table `lens`, of one checkpoint.
@@ -44,9 +45,9 @@ def lens_grids(rows: pd.DataFrame, tokens: Mapping[int, Sequence[str]], about: S
     if rows.empty:
         return
     prompt = min(int(prompt) for prompt in rows["prompt"])
-    for site in distinct(rows, "site"):
-        there = having(rows, prompt=prompt, site=site)
-        if there.empty:
+    for site in _streams(rows):
+        there = having(rows, prompt=prompt, site=(site, EMBED))
+        if having(there, site=site).empty:
             continue
         positions = sorted({int(position) for position in there["position"]})
         panel = (
@@ -64,6 +65,20 @@ def lens_grids(rows: pd.DataFrame, tokens: Mapping[int, Sequence[str]], about: S
         )
 
 
+def _streams(rows: pd.DataFrame) -> list[str]:
+    """Kinds of sites that have layers; the embedding where there is nothing else."""
+    return [site for site in distinct(rows, "site") if site != EMBED] or [EMBED]
+
+
+def _level(row: Row) -> int:
+    """The layer; the embedding is below them."""
+    return BELOW if text(row["site"]) == EMBED else int(number(row["layer"]))
+
+
+def _name(level: int) -> str:
+    return EMBED if level == BELOW else str(level)
+
+
 def _caption(by_position: bool) -> str:
     said = "the likeliest next token" if by_position else "the likeliest next tokens, the first on the left"
     return f"Every cell: {said} after the final norm and head on that stream, and its probability in percent."
@@ -73,7 +88,7 @@ def _by_position(rows: pd.DataFrame, tokens: Sequence[str]) -> WordPanel:
     """Layers × positions."""
     positions = sorted({int(position) for position in rows["position"]})
     labels = [_label(at, tokens) for at in positions]
-    cells = {(int(row["layer"]), positions.index(int(row["position"]))): row for row in records(rows)}
+    cells = {(_level(row), positions.index(int(row["position"]))): row for row in records(rows)}
     return _panel(cells, labels, "position and its token")
 
 
@@ -81,7 +96,7 @@ def _by_rank(rows: pd.DataFrame, position: int, tokens: Sequence[str]) -> WordPa
     """Layers × ranks, at the one position that there is."""
     ranks = sorted({int(rank) for rank in rows["rank"]})
     labels = [str(place) for place in range(1, len(ranks) + 1)]
-    cells = {(int(row["layer"]), ranks.index(int(row["rank"]))): row for row in records(rows)}
+    cells = {(_level(row), ranks.index(int(row["rank"]))): row for row in records(rows)}
     return _panel(cells, labels, f"rank of the next token after position {_label(position, tokens)}")
 
 
@@ -91,13 +106,13 @@ def _label(position: int, tokens: Sequence[str]) -> str:
 
 
 def _panel(cells: Mapping[tuple[int, int], Row], labels: Sequence[str], title: str) -> WordPanel:
-    """A panel of rows by (layer, column); the last layer at the top, as the network is."""
-    layers = sorted({layer for layer, _ in cells}, reverse=True)
-    found = [[cells.get((layer, place)) for place in range(len(labels))] for layer in layers]
+    """A panel of rows by (level, column); the last layer at the top, as the network is."""
+    levels = sorted({level for level, _ in cells}, reverse=True)
+    found = [[cells.get((level, place)) for place in range(len(labels))] for level in levels]
     return WordPanel(
         title="",
         row_title="layer",
-        rows=tuple(map(str, layers)),
+        rows=tuple(map(_name, levels)),
         column_title=title,
         columns=tuple(labels),
         words=tuple(tuple("" if row is None else text(row["token"]) for row in line) for line in found),
@@ -150,18 +165,18 @@ def lens_tables(
         return
     grids = list(lens_grids(rows, tokens, about))
     yield terminal_words(grids[0], width=width, plain=plain)
-    first = distinct(rows, "site")[0]
+    first = _streams(rows)[0]
     if len(grids) > 1:
         yield Group(line(f"{first}, the first of {len(grids)} kinds of sites; the pictures have all", plain, "dim"))
     cells = [
         {
-            "layer": str(int(number(row["layer"]))),
+            "layer": _name(_level(row)),
             "p(answer)": figure(row["answer_probability"]),
             "rank": f"{number(row['answer_rank']):g}" if not missing(row["answer_rank"]) else "",
             "KL": figure(row["kl"]),
             "n": str(int(number(row["n"]))),
         }
-        for row in records(having(by_layer(rows), site=first))[::-1]
+        for row in sorted(records(having(by_layer(rows), site=(first, EMBED))), key=_level, reverse=True)
     ]
     notes = {
         "p(answer)": "mean over prompts of the answer's probability",
@@ -184,7 +199,9 @@ def lens_curves(rows: pd.DataFrame, about: Sequence[str]) -> Curves | None:
     """
     if rows.empty:
         return None
-    means = by_layer(rows)
+    everything = by_layer(rows)
+    # What the embedding says is far off, and would press the lines together.
+    means = having(everything, site=tuple(_streams(rows)))
     titles = {"answer_probability": "probability of the answer", "kl": "KL to the output (nats)"}
     panels = [_curve_panel(means, name, title) for name, title in titles.items() if means[name].notna().any()]
     if not panels:
@@ -192,6 +209,7 @@ def lens_curves(rows: pd.DataFrame, about: Sequence[str]) -> Curves | None:
     counts = sorted({int(count) for count in means["n"]})
     n = "" if not counts else f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else str(counts[0])
     caption = f"Lines: means over {n} prompts, at the last position of each; bands: the middle half of the prompts."
+    caption += " What the embedding itself says is not drawn." if len(means) < len(everything) else ""
     return Curves(
         title="Logit lens by layer",
         lines=tuple(filter(None, (", ".join(filter(None, about)), caption))),

@@ -1,6 +1,7 @@
 """What spans of the prompt count, over all prompts, and how far sums over tokens miss the whole."""
 
 import math
+import statistics
 from collections.abc import Iterator, Sequence
 
 import pandas as pd
@@ -107,8 +108,13 @@ def completeness_lines(rows: pd.DataFrame, metric: str, *, plain: bool) -> Itera
         errors = [abs(number(row["relative_error"])) for row in part if not missing(row["relative_error"])]
         errors = [error for error in errors if math.isfinite(error)]
         if errors:
+            middle, most = (_percent(error) for error in (statistics.median(errors), max(errors)))
             said = (
-                f"{NAMES.get(name, name)}: sums over tokens miss M(input) - M(baseline) by {100 * max(errors):.2g} % "
-                f"of it at most, on {len(errors)} prompts"
+                f"{NAMES.get(name, name)}: sums over tokens miss M(input) - M(baseline) by {middle} of it at the "
+                f"median prompt and {most} at most, of {len(errors)} prompts"
             )
             yield Group(line(said, plain))
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:,.0f} %" if share >= 0.1 else f"{100 * share:.2g} %"
