@@ -18,6 +18,7 @@ from mechinterp_cli.methods.ablate.values import values_of
 from mechinterp_cli.methods.specs import Place
 from mechinterp_cli.models.loaded import LoadedModel
 from mechinterp_cli.models.planted import HEADS, INDUCTION_HEAD, LAYERS, PREVIOUS_TOKEN_HEAD
+from mechinterp_cli.models.zoo import models_folder
 from tests.ablate_plain import ByHand, Stand, answer_metrics, experiment_of, folder_of, names_in, token_metrics
 from tests.experiments import Run, config_of, run_method
 from tests.models_fixtures import smollm2, toy
@@ -30,7 +31,7 @@ VISIBLE = 1e-3
 """What an ablation must change at least: comparing nothing with nothing shows nothing."""
 REAL = "smollm2"
 SIX = ("gpt2", "llama", "gpt_neox", "gemma2", "qwen3", "granite")
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in (*SIX, REAL) if name != "llama"]
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in SIX if name != "llama"]
 FAMILIES = ("toy", "llama", *SLOW)
 IN_DESIGNS = (pytest.param("toy", marks=pytest.mark.slow), "llama", *SLOW)
 UNITS: list[dict[str, Any]] = [
@@ -39,17 +40,21 @@ UNITS: list[dict[str, Any]] = [
     {"kind": "kv_head", "layers": [1]},
     {"kind": "neuron", "layers": [0], "neurons": [3, [0, 5]]},
     {"kind": "attention", "layers": [0]},
-    {"kind": "mlp", "layers": [0]},
+    {"kind": "mlp", "layers": {"window": 2}},
     {"kind": "layer", "layers": [1]},
 ]
-WINDOW = {"kind": "mlp", "layers": {"window": 2}}
 TASK = {"name": "induction", "n": 3, "block": 5, "prefix": 2}
 TEXTS = {"name": "repeats", "n": 5, "block": [4, 5], "repeats": 2}
 Measure = Callable[[ByHand, int, Tensor], Mapping[str, float]]
 
 
 @pytest.fixture(autouse=True)
-def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """Activations are kept for one test; the real model, once it is there, for all."""
+    (tmp_path / "cache").mkdir()
+    if "real_model" in request.node.name:
+        request.getfixturevalue(REAL)
+        (tmp_path / "cache" / "models").symlink_to(models_folder())
     monkeypatch.setenv("MECHINTERP_CACHE", str(tmp_path / "cache"))
 
 
@@ -208,8 +213,29 @@ def check_values(found: Case, values: Sequence[str]) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_unit_and_value_alone(case: Make, family: str) -> None:
-    units = UNITS if family == REAL else [*UNITS, WINDOW]
-    check_values(case(family, {"units": units, "values": ALL, **DRAWS}), ALL)
+    check_values(case(family, {"units": UNITS, "values": ALL, **DRAWS}), ALL)
+
+
+REAL_UNITS: list[dict[str, Any]] = [
+    {"kind": "head", "layers": [27], "heads": [0, 4]},
+    {"kind": "kv_head", "layers": [28], "heads": [1, 2]},
+    {"kind": "neuron", "layers": [28], "neurons": [3]},
+    {"kind": "mlp", "layers": [27]},
+]
+REAL_BLOCKS: list[dict[str, Any]] = [{"kind": "attention", "layers": [28]}, {"kind": "layer", "layers": [27]}]
+
+
+@pytest.mark.slow
+def test_every_unit_and_value_of_the_real_model(case: Make) -> None:
+    check_values(case(REAL, {"units": [*REAL_UNITS, *REAL_BLOCKS], "values": ALL, **DRAWS}), ALL)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("design", ["cumulative", "set", "keep", "pairs"])
+def test_every_design_of_the_real_model(case: Make, design: str) -> None:
+    named = design_of(design, ("kv28.1", "27.4", "neuron28.3", "mlp27"))
+    values = ["zero", "mean", "resample"]
+    check_values(case(REAL, {"units": REAL_UNITS, "values": values, **DRAWS, **named}), values)
 
 
 def directions(folder: Path, family: str, name: str = "d", seed: int = 1) -> tuple[dict[str, Any], dict[str, Tensor]]:
