@@ -91,13 +91,10 @@ class AttributeOptions(InterchangeOptions):
     """How: `atp` (attribution patching), `atp_star`, `ig_inputs` and `conductance` (integrated gradients), `relp`."""
     steps: Count = 32
     """Of `ig_inputs` and `conductance`."""
-    rules: Annotated[tuple[RuleName, ...], Field(min_length=1), AfterValidator(unique)] = (
-        "norm",
-        "activation",
-        "gate",
-        "attention",
-    )
-    """Of `relp`."""
+    rules: Annotated[tuple[RuleName, ...], Field(min_length=1), AfterValidator(unique)] = ("norm", "activation", "gate")
+    """Of `relp`: what is held fixed in the backward pass. `norm`: the norms' denominators; `activation`: the slopes of
+    activation functions, f(x)/x; `gate`: products of two activations give half to each; `attention`: the attention
+    probabilities, after which q, k, scores and pattern have no share."""
     verify: VerifyOptions | None = VerifyOptions()
     """Exact effects of the strongest estimates and of a random sample, by the engine; null: none."""
     direct: DirectOptions | None = None
