@@ -153,8 +153,9 @@ def test_trust_is_told_by_kind_of_site_and_in_words() -> None:
     assert cells(shown, "z")[1] == "no"
     assert cells(shown, "z")[-3:] == ["5", "60 %", "37 of 370 (10.0 %)"]
     words = unbroken(shown)
-    assert "trust yes (resid_pre): estimates follow exact effects." in words
+    assert "trust yes (resid_pre): estimates are in proportion to exact effects." in words
     assert "trust no (z): estimates do not follow exact effects: check what you use." in words
+    assert "On the 30 random nodes estimates are 0.030 off on average (normalised effect)." in words
     assert "Of the 5 strongest estimates 60 % have an exact effect of 0.05 or more." in words
     assert "at most 37 of 370 (10.0 %) have an exact effect of 0.05 or more, 95 % sure." in words
 

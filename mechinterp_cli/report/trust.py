@@ -12,14 +12,14 @@ from mechinterp_cli.report.rows import Row, distinct, having, records
 from mechinterp_cli.report.tables import Column, line, text_table
 
 GOOD = 0.9
-"""Pearson, and the share of signs that agree, from which on estimates are said to follow exact effects."""
+"""Pearson, and the share of signs that agree, from which on estimates are said to be in proportion to exact effects."""
 ORDER = 0.7
 """Spearman from which on estimates are said to give the order."""
 LEAST = 10
 """Random nodes from which on anything is said."""
 YES, ORDERED, NO, FEW, UNKNOWN = "yes", "order alone", "no", "too few", "unknown"
 MEANINGS = {
-    YES: "follow exact effects",
+    YES: "are in proportion to exact effects",
     ORDERED: "give the order of effects, not their sizes",
     NO: "do not follow exact effects: check what you use",
     FEW: f"fewer than {LEAST} random nodes: nothing can be said",
@@ -33,8 +33,8 @@ _COLUMNS = {
     "Spearman": Column(3),
     "signs": Column(2),
     "|difference|": Column(6),
-    "top": Column(5),
-    "top matter": Column(5),
+    "top": Column(5, together=True),
+    "top matter": Column(5, together=True),
     "missed at most": Column(1),
 }
 
@@ -146,6 +146,10 @@ def trust_sentences(
             )
     for reason, sites in _reasons(random).items():
         yield f"{', '.join(sites)}: {reason}."
+    # A correlation does not see that all estimates are half of what they should be.
+    if random and not missing(random[0]["mean_difference"]):
+        off, count = figure(random[0]["mean_difference"]), int(number(random[0]["rows"]))
+        yield f"On the {count} random nodes estimates are {off} off on average ({estimates.unit})."
     whole = "all" if "all" in top else next(iter(top), "")
     if whole and not missing(top[whole].get("above")):
         share, rows, limit = top[whole]["above"], int(number(top[whole]["rows"])), number(top[whole]["threshold"])
