@@ -1,5 +1,6 @@
 """Lens, direct attribution and tokens are shown as their tables have them; the page of tokens is inert."""
 
+import math
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -11,7 +12,7 @@ from mechinterp_cli.report import token_page as paging
 from mechinterp_cli.report.lens import by_layer
 from mechinterp_cli.report.rows import having
 from mechinterp_cli.report.token_page import token_page
-from mechinterp_cli.report.tokens import PER_LINE, token_lines
+from mechinterp_cli.report.tokens import MAX_LINES, PER_LINE, short, token_lines
 from tests.attribute_frames import WORDS, Fake, frame, records
 from tests.attribute_shown import HOSTILE, cells, data, names, specs, text, title_of, unbroken, view
 
@@ -165,6 +166,7 @@ def test_strips_hold_every_token_its_value_and_its_share() -> None:
     spec = specs(view(TOKENS))["tokens-logit_diff"]
     assert len(spec["concat"]) == 3
     for panel in range(3):
+        assert len(spec["datasets"][f"cells {panel}"]) == 4 * len(WORDS)
         for row in spec["datasets"][f"cells {panel}"]:
             name = {"gradient x input": "gradient_x_input", "integrated gradients": "integrated_gradients",
                     "occlusion (exact)": "occlusion", "attention rollout": "rollout"}[row["row"]]  # fmt: skip
@@ -177,16 +179,26 @@ def test_strips_hold_every_token_its_value_and_its_share() -> None:
     assert "In place of a token: the mean embedding" in title_of(spec)
 
 
-def test_long_prompts_are_broken_into_lines() -> None:
-    tokens = tuple(f" w{i}" for i in range(PER_LINE + 3))
+@pytest.mark.parametrize(("letters", "across"), [(1, PER_LINE), (20, 13)])
+def test_long_prompts_are_broken_into_lines_that_have_room(letters: int, across: int) -> None:
+    tokens = tuple(f" w{i}-{'x' * letters}" for i in range(across + 3))
     spec = specs(view(replace(TOKENS, tokens=tokens, prompts=1)))["tokens-logit_diff"]
     titles = [panel["title"] for panel in spec["concat"]]
     assert titles == [
-        f"prompt 0, tokens 0 to {PER_LINE - 1} of {PER_LINE + 3}",
-        f"prompt 0, tokens {PER_LINE} to {PER_LINE + 2} of {PER_LINE + 3}",
+        f"prompt 0, tokens 0 to {across - 1} of {across + 3}",
+        f"prompt 0, tokens {across} to {across + 2} of {across + 3}",
     ]
-    words = [row["word"] for panel in (0, 1) for row in spec["datasets"][f"cells {panel}"] if row["row"][0] == "o"]
-    assert words == [f"·w{i}" for i in range(PER_LINE + 3)]
+    rows = [row for panel in (0, 1) for row in spec["datasets"][f"cells {panel}"] if row["row"][0] == "o"]
+    assert [row["column"] for row in rows] == [str(i) for i in range(across + 3)]
+    assert [row["word"].split("-")[0] for row in rows] == [f"·w{i}" for i in range(across + 3)]
+    assert "The first" not in title_of(spec)
+
+
+def test_tokens_that_have_no_room_in_the_picture_are_counted() -> None:
+    tokens = tuple(f" w{i}" for i in range(MAX_LINES * PER_LINE + 1))
+    spec = specs(view(replace(TOKENS, inputs=("occlusion",), tokens=tokens, prompts=1)))["tokens-logit_diff"]
+    assert len(spec["concat"]) == MAX_LINES
+    assert f"The first {MAX_LINES * PER_LINE} tokens of each." in title_of(spec)
 
 
 def test_plain_terminals_get_the_number_below_each_token() -> None:
@@ -327,6 +339,14 @@ def test_a_page_that_would_be_too_large_is_cut_and_says_so(monkeypatch: pytest.M
     assert (whole.count("<h2>"), cut.count("<h2>")) == (4, 2)
     assert "The first 2 of 4 prompts" in cut
     assert "The first" not in whole
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [(-0.001, "0.00"), (1.234, "1.23"), (-99.5, "-99.50"), (123.4, "123"), (-2.5e6, "-2.5e+06"), (math.nan, "?")],
+)
+def test_numbers_of_tokens_are_short(value: float, shown: str) -> None:
+    assert short(value) == shown
 
 
 def test_lines_of_tokens_come_by_prompt_metric_and_estimator() -> None:

@@ -16,12 +16,12 @@ from mechinterp_cli.report.labels import show_token
 from mechinterp_cli.report.rows import distinct, having, records
 from mechinterp_cli.report.tables import line
 from mechinterp_cli.report.terminal import shade
-from mechinterp_cli.report.wordgrid import WordGrid, WordPanel
+from mechinterp_cli.report.wordgrid import ROOM, WordGrid, WordPanel, cell_pixels
 
 MAX_PROMPTS = 3
 """Prompts that are shown; the page of tokens has more."""
 PER_LINE = 16
-"""Tokens beside each other in a picture."""
+"""Tokens beside each other in a picture at most, fewer where they are long."""
 MAX_LINES = 6
 """Lines of one prompt in a picture."""
 NAMES = {
@@ -69,7 +69,9 @@ def short(value: float) -> str:
     """A number of few letters: two decimals, or none where it is large."""
     if not np.isfinite(value):
         return "?"
-    return figure(value, 2) if abs(value) < 100 else f"{value:.2g}"
+    if abs(value) < 100:
+        return figure(value, 2)
+    return f"{value:.0f}" if abs(value) < 10_000 else f"{value:.1e}"
 
 
 def token_lines(rows: pd.DataFrame, prompts: Sequence[int] | None = None) -> list[TokenLine]:
@@ -193,11 +195,15 @@ def token_strip(rows: pd.DataFrame, metric: str, about: Sequence[str]) -> WordGr
         None where there is no token.
     """
     prompts = first_prompts(rows)
-    panels = [panel for prompt in prompts for panel in _panels(_of_metric(token_lines(rows, [prompt]), metric))]
+    lines = [_of_metric(token_lines(rows, [prompt]), metric) for prompt in prompts]
+    across = _across([one for part in lines for one in part])
+    panels = [panel for part in lines for panel in _panels(part, across)]
     if not panels:
         return None
     there = len({int(prompt) for prompt in rows["prompt"]})
+    longest = max(len(one.tokens) for part in lines for one in part)
     of = f"Prompts {', '.join(map(str, prompts))} of {there}." if there > len(prompts) else ""
+    of += f" The first {MAX_LINES * across} tokens of each." if longest > MAX_LINES * across else ""
     meaning = (
         f"Numbers: each token's part in {metric}, in its own unit; of attention rollout, shares of attention. "
         "Colours: parts of the row's largest magnitude, so rows of different estimators can be compared; 0 is white."
@@ -213,13 +219,19 @@ def token_strip(rows: pd.DataFrame, metric: str, about: Sequence[str]) -> WordGr
     )
 
 
-def _panels(lines: Sequence[TokenLine]) -> Iterator[WordPanel]:
+def _across(lines: Sequence[TokenLine]) -> int:
+    """How many tokens have room beside each other."""
+    words, numbers = [word for one in lines for word in one.tokens], [word for one in lines for word in one.numbers]
+    return min(PER_LINE, int(ROOM // cell_pixels(words, numbers)))
+
+
+def _panels(lines: Sequence[TokenLine], across: int) -> Iterator[WordPanel]:
     """A prompt, broken into lines of so many tokens."""
     length = max((len(one.tokens) for one in lines), default=0)
-    starts = range(0, length, PER_LINE)
+    starts = range(0, length, across)
     for start in starts[:MAX_LINES]:
-        end = min(start + PER_LINE, length)
-        cut = f", tokens {start} to {end - 1} of {length}" if length > PER_LINE else ""
+        end = min(start + across, length)
+        cut = f", tokens {start} to {end - 1} of {length}" if length > across else ""
         yield WordPanel(
             title=f"prompt {lines[0].prompt}{cut}",
             row_title="",

@@ -1,6 +1,6 @@
 """Grids of words that colours stand behind: what a lens reads at every layer, what each token of a prompt counts."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +16,8 @@ from mechinterp_cli.report.terminal import shade
 
 LONGEST = 9
 """Letters of a word in a cell."""
+LETTER, MARGIN, ROOM = 6.4, 10, 1020
+"""Of a picture, in pixels: a letter in a cell, what is beside the word, and all cells beside each other."""
 LABEL = 14
 """Letters of a row's name."""
 
@@ -68,6 +70,17 @@ class WordGrid:
     panels: tuple[WordPanel, ...]
     cut: str = "columns"
     """What the columns are, where not all have room."""
+
+
+def cell_pixels(words: Iterable[str], numbers: Iterable[str]) -> float:
+    """How wide a picture's cells are.
+
+    Args:
+        words: Tokens as decoded.
+        numbers: What stands below them.
+    """
+    longest = max([*(len(show_token(word, longest=LONGEST)) for word in words), *map(len, numbers), 3])
+    return longest * LETTER + MARGIN
 
 
 def terminal_words(grid: WordGrid, *, width: int, plain: bool) -> Group:

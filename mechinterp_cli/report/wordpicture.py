@@ -8,11 +8,9 @@ import numpy as np
 
 from mechinterp_cli.report.grid import ColourScale
 from mechinterp_cli.report.labels import show_text, show_token
-from mechinterp_cli.report.picture import COLOURS, PICTURE_WIDTH, Chart, Drawing, Rows, head_lines
-from mechinterp_cli.report.wordgrid import LONGEST, WordGrid, WordPanel
+from mechinterp_cli.report.picture import COLOURS, Chart, Drawing, Rows, head_lines
+from mechinterp_cli.report.wordgrid import LETTER, LONGEST, ROOM, WordGrid, WordPanel, cell_pixels
 
-LETTER, MARGIN = 6.4, 10
-"""Pixels of a letter in a cell, and beside the word."""
 LOW, HIGH = 18, 30
 """Height of a cell with a word alone, and with a number below it."""
 LABEL_ROOM, LEGEND_ROOM = 150, 110
@@ -44,7 +42,7 @@ def datasets(grid: WordGrid) -> dict[str, Rows]:
 
 def _shown(grid: WordGrid) -> list[WordPanel]:
     """The panels, each with the last of its columns where not all have room."""
-    most = int((PICTURE_WIDTH - LABEL_ROOM - LEGEND_ROOM) // _cell_width(grid))
+    most = int(ROOM // _cell_width(grid))
     return [panel.last(most) for panel in grid.panels]
 
 
@@ -58,9 +56,8 @@ def _cut(grid: WordGrid, shown: list[WordPanel]) -> str:
 
 
 def _cell_width(grid: WordGrid) -> float:
-    words = [len(show_token(word, longest=LONGEST)) for panel in grid.panels for row in panel.words for word in row]
-    numbers = [len(number) for panel in grid.panels for row in panel.numbers for number in row]
-    return max([*words, *numbers, 3]) * LETTER + MARGIN
+    words = (word for panel in grid.panels for row in panel.words for word in row)
+    return cell_pixels(words, (number for panel in grid.panels for row in panel.numbers for number in row))
 
 
 def _panel(grid: WordGrid, panel: WordPanel, at: int, cell: float) -> alt.LayerChart:
