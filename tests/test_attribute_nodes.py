@@ -51,7 +51,7 @@ def shape_of(site: Site, toy: LoadedModel, prompts: int, length: int) -> tuple[i
     assert heads is not None
     units: dict[str, tuple[int, ...]] = {
         "resid_post": (),
-        "v": (heads.kv,),
+        "v": (heads.key_value,),
         "scores": (heads.query, length),
         "pattern": (heads.query, length),
     }
