@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -104,9 +105,11 @@ class Hooks:
         base: dict[Site, Tensor] = {}
         with torch.enable_grad(), self._kept(base):
             self.model.requires_grad_(True)
-            _difference(self._logits(self.pairs.corrupt), self.pairs.answers).sum().backward()
-        found = {site: self._summed(site, (source[site] - base[site]) * base[site].grad) for site in base}
-        self.model.zero_grad(set_to_none=True)
+            total = _difference(self._logits(self.pairs.corrupt), self.pairs.answers).sum()
+            gradients = torch.autograd.grad(total, list(base.values()))
+            self.model.requires_grad_(False)
+        slopes = dict(zip(base, gradients, strict=True))
+        found = {site: self._summed(site, (source[site] - base[site]) * slopes[site]) for site in base}
         return {site: values.detach().cpu() for site, values in found.items()}
 
     def _logits(self, tokens: Tensor) -> Tensor:
@@ -117,17 +120,18 @@ class Hooks:
         if site.kind == "neuron":
             return product
         if site.kind == "z":
-            product = product.unflatten(-1, (-1, self.model.config.head_dim))
+            product = torch.unflatten(product, -1, (-1, self.model.config.head_dim))
         return product.sum(-1)
 
     @contextmanager
     def _kept(self, kept: dict[Site, Tensor]) -> Iterator[None]:
         """Keep activations (and their gradients) as modules are given them or give them."""
 
-        def keep(site: Site, activation: Tensor) -> None:
-            kept[site] = activation
-            if activation.requires_grad:
-                activation.retain_grad()
+        def before(site: Site, _module: Any, given: Any) -> None:
+            kept[site] = given[0]
+
+        def after(site: Site, _module: Any, _given: Any, output: Any) -> None:
+            kept[site] = output
 
         handles = []
         for index, layer in enumerate(self.layers):
@@ -137,16 +141,8 @@ class Hooks:
                 "neuron": layer.mlp.down_proj,
             }
             for kind, module in inputs.items():
-
-                def before(_module: Any, given: Any, site: Site = Site(kind, index)) -> None:
-                    keep(site, given[0])
-
-                handles.append(module.register_forward_pre_hook(before))
-
-            def after(_module: Any, _given: Any, output: Any, site: Site = Site("mlp_out", index)) -> None:
-                keep(site, output)
-
-            handles.append(layer.mlp.register_forward_hook(after))
+                handles.append(module.register_forward_pre_hook(partial(before, Site(kind, index))))
+            handles.append(layer.mlp.register_forward_hook(partial(after, Site("mlp_out", index))))
         try:
             yield
         finally:

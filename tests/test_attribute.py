@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from mechinterp_cli.engine import atp as engine
 from mechinterp_cli.errors import RunError
 from mechinterp_cli.methods.attribute import estimating
 from mechinterp_cli.methods.resume import resume_experiment
@@ -104,7 +105,8 @@ def gradient(toy: LoadedModel, found: Run) -> Callable[[int], tuple[Tensor, Tens
             handle.remove()
             model.requires_grad_(False)
         heads = model.config.num_attention_heads
-        return ((kept[0] - kept[1]).detach().unflatten(-1, (heads, -1)), gradient.unflatten(-1, (heads, -1)))
+        change, slope = (torch.unflatten(x, -1, (heads, -1)) for x in ((kept[0] - kept[1]).detach(), gradient))
+        return change, slope
 
     return by_hand
 
@@ -165,12 +167,12 @@ def test_a_saturated_key_is_missed_by_atp_found_by_kfix_and_verification_says_so
     sites = [{"kind": kind, "layers": "all", "heads": "each", "positions": "all"} for kind in ("q", "k")]
     section = {"direction": "noise", "sites": sites, "estimators": ["atp", "atp_star"], "verify": everything(16)}
     run = attribute(tmp_path, section, model={"id": "planted-induction"}, task=INDUCTION | {"n": 8})
-    rows = run.table("summary").set_index(["estimator", "label"])
+    rows: Any = run.table("summary").set_index(["estimator", "label"])
     key = "k, layer 1, head 2"
-    exact = rows.loc[("atp", key), "exact_normalized"]
+    exact = float(rows.loc[("atp", key), "exact_normalized"])
     assert exact > 0.99
-    assert abs(rows.loc[("atp", key), "normalized"]) < 1e-3
-    assert rows.loc[("atp_star", key), "normalized"] == pytest.approx(exact, abs=0.01)
+    assert abs(float(rows.loc[("atp", key), "normalized"])) < 1e-3
+    assert float(rows.loc[("atp_star", key), "normalized"]) == pytest.approx(exact, abs=0.01)
     missed = run.table("missed").query("site == 'k' and stratum == 'all'").set_index("estimator")
     assert (missed.loc["atp", "missed"], missed.loc["atp", "upper_count"]) == (1, 1)
     assert (missed.loc["atp_star", "missed"], missed.loc["atp_star", "upper_count"]) == (0, 0)
@@ -250,7 +252,7 @@ def test_what_is_saved_is_not_estimated_again_and_the_tables_are_the_same(
     (path,) = (tmp_path / "stopped").iterdir()
     assert len(list((path / "units").iterdir())) == 1
     with monkeypatch.context() as patch:
-        patch.setattr(estimating.engine, "atp", broken)  # would stop the run, were it asked again
+        patch.setattr(engine, "atp", broken)  # would stop the run, were it asked again
         resume_experiment(path, progress=SilentProgress())
     for name in TABLES:
         assert (path / f"{name}.parquet").read_bytes() == (whole.path / f"{name}.parquet").read_bytes()

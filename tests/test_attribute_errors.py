@@ -78,9 +78,7 @@ def test_steps_below_one(steps: str, refused: Refused) -> None:
 @pytest.mark.parametrize("key", ["top", "random"])
 def test_more_verified_than_there_are(key: str, refused: Refused) -> None:
     config = changed(GOOD, ESTIMATORS, ESTIMATORS + f"  verify: {{{key}: 9}}\n")
-    cause = (
-        f"c.yaml:7: attribute.verify.{key}: 9 nodes are to be verified, and the sweep has 8 that can have an effect"
-    )
+    cause = f"c.yaml:7: attribute.verify.{key}: 9 nodes are to be verified, and the sweep has 8 that can have an effect"
     refused(config, cause, "Lower it, or ask for more sites.")
 
 
@@ -113,7 +111,9 @@ def test_a_window_of_layers(refused: Refused) -> None:
 
 @pytest.mark.parametrize("kind", ["q", "k", "scores", "pattern"])
 def test_relp_where_attention_is_held_fixed(kind: str, refused: Refused) -> None:
-    config = changed(GOOD, "kind: z", f"kind: {kind}", ESTIMATORS, "  estimators: [atp, relp]\n  rules: [norm, attention]\n")
+    config = changed(
+        GOOD, "kind: z", f"kind: {kind}", ESTIMATORS, "  estimators: [atp, relp]\n  rules: [norm, attention]\n"
+    )
     refused(config, "c.yaml:6: attribute.estimators[1]: ", "attention")
 
 

@@ -61,7 +61,7 @@ def test_every_node_of_a_kind_is_drawn_as_often_as_another() -> None:
         for node in draw_evenly(nodes.kinds, nodes.layers, np.arange(len(nodes)), 12, seed=seed)
     )
     for kind, expected in (("z", 3000 * 6 / 12), ("neuron", 3000 * 6 / 30)):
-        counts = np.array([seen[node] for node in np.flatnonzero(nodes.kinds == kind)])
+        counts = np.array([seen[node] for node in np.flatnonzero(nodes.kinds == kind).tolist()])
         # Five standard deviations of a binomial count.
         assert np.abs(counts - expected).max() <= 5 * np.sqrt(expected)
 
