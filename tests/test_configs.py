@@ -87,13 +87,18 @@ def test_config_has_a_plan(path: Path, run: Main) -> None:
     elif kind == "heads":
         assert plan["heads"] > 0
         plan = plan.get("ablations", {"trials": 1, "computed": 1, "units": 1})
+    elif kind == "attribute":
+        assert plan["asked"] == [part for part in ("sites", "direct", "lens", "inputs") if f"\n  {part}:" in path.read_text()]
+        plan = plan.get("exact", plan.get("inputs", {}).get("occlusion", {"trials": 1, "computed": 1, "units": 1}))
     assert plan["trials"] > 0
     assert plan["computed"] > 0
     assert plan["units"] > 0
 
 
-def check_files(folder: Path, source: Path, pictures_expected: int, tables: set[str] = TABLES) -> Manifest:
-    """A complete run directory: what the README names, whole, as the manifest says, and so many pictures."""
+def check_files(
+    folder: Path, source: Path, pictures_expected: int, tables: set[str] = TABLES, pages: int = 0
+) -> Manifest:
+    """A complete run directory: what the README names, whole, as the manifest says, and so many pictures and pages."""
     manifest = Manifest.read(folder)
     assert (manifest.status, manifest.error) == ("complete", None)
     assert manifest.units_done == manifest.units_total
@@ -106,8 +111,9 @@ def check_files(folder: Path, source: Path, pictures_expected: int, tables: set[
     assert files - pictures == written | {"manifest.json"}
     assert set(manifest.outputs) == written | pictures
     assert all(file_info(folder / name, info.rows) == info for name, info in manifest.outputs.items())
-    assert len(pictures) == pictures_expected
-    assert all((folder / name).read_bytes().startswith(PNG) for name in pictures)
+    drawn = {name for name in pictures if not name.endswith(".html")}
+    assert (len(drawn), len(pictures - drawn)) == (pictures_expected, pages)
+    assert all((folder / name).read_bytes().startswith(PNG) for name in drawn)
     assert all(pq.read_metadata(folder / name).num_rows > 0 for name in tables)
     assert (folder / "config.yaml").read_bytes() == source.read_bytes()
     for line in (folder / "log.jsonl").read_text().splitlines():
@@ -237,11 +243,54 @@ def test_the_configs_of_ablate_on_the_real_model_run(
     check_files(folder, source, pictures, TABLES | {f"{table}.parquet" for table in tables})
 
 
+VERIFIED = {"trials", "baselines", "summary", "verification", "missed"}
+FEW = ["task.n=2", "attribute.verify.top=2", "attribute.verify.random=6"]
+
+
+def test_the_toy_config_of_attribute_leaves_a_whole_run_directory(tmp_path: Path, run: Main) -> None:
+    source = ROOT / "configs" / "attribute-toy.yaml"
+    folder = run_config(run, source, tmp_path / "runs", "--set", "task.n=4", "--set", "attribute.steps=2")
+    # A map for each of three blocks and four estimators, and estimates against exact effects.
+    check_files(folder, source, 3 * 4 + 1, {f"{name}.parquet" for name in VERIFIED | {"prompts", "results"}})
+
+
+@pytest.mark.usefixtures("fetched")
+@pytest.mark.parametrize(
+    ("name", "pictures", "pages", "tables", "overrides"),
+    [
+        ("attribute-ioi", 3 + 1, 0, VERIFIED | {"results"}, FEW),
+        ("attribute-estimators", 8 * 5 + 1, 0, VERIFIED, [*FEW, "attribute.steps=1"]),
+        ("attribute-relp", 6 * 2 + 1, 0, VERIFIED, FEW),
+        ("attribute-direct", 2, 0, {"direct", "components", "sources"}, ["task.n=2"]),
+        ("attribute-lens", 2, 0, {"lens"}, ["task.n=2"]),
+        ("attribute-tokens", 2, 1, {"inputs", "input_spans"}, ["task.n=2"]),
+        (
+            "attribute-tokens-corrupt",
+            2,
+            1,
+            {"inputs", "input_spans", "input_completeness"},
+            ["task.n=2", "attribute.inputs.steps=4"],
+        ),
+    ],
+)
+def test_the_configs_of_attribute_on_the_real_model_run(
+    tmp_path: Path, run: Main, name: str, pictures: int, pages: int, tables: set[str], overrides: list[str]
+) -> None:
+    source = ROOT / "configs" / f"{name}.yaml"
+    arguments = [part for override in overrides for part in ("--set", override)]
+    folder = run_config(run, source, tmp_path / "runs", *arguments)
+    check_files(folder, source, pictures, {f"{table}.parquet" for table in tables | {"prompts"}}, pages)
+    readme = (ROOT / "README.md").read_text()
+    assert {table for table in tables if f"`{table}" not in readme} == set()
+
+
 def test_every_config_is_run_here_and_listed_in_the_readme() -> None:
     readme = (ROOT / "README.md").read_text()
     assert {path.stem for path in CONFIGS} == {
         "ablate-induction-heads", "ablate-induction-heads-toy", "ablate-pairs", "ablate-planted", "ablate-shortcut",
         "ablate-text", "ablate-toy",
+        "attribute-direct", "attribute-estimators", "attribute-ioi", "attribute-lens", "attribute-relp",
+        "attribute-tokens", "attribute-tokens-corrupt", "attribute-toy",
         "heads-ioi", "heads-smollm2", "heads-toy",
         "patch-facts-tracing", "patch-induction-toy", "patch-ioi", "patch-ioi-heads",
     }  # fmt: skip
@@ -364,11 +413,11 @@ def parse(arguments: list[str]) -> None:
 def test_commands_in_documents_parse(document: Path, asked: list[str]) -> None:
     found = list(commands(document.read_text()))
     for arguments in found:
-        if arguments[0] in ("patch", "heads", "ablate", "models", "schema"):
+        if arguments[0] in ("patch", "heads", "ablate", "attribute", "models", "schema"):
             assert main(arguments) == 0, arguments
         else:
             parse(arguments)
-    methods = ("patch", "heads", "ablate")
+    methods = ("patch", "heads", "ablate", "attribute")
     assert len(asked) == sum(arguments[0] in methods or "fetch" in arguments for arguments in found)
     assert document.name != "README.md" or document.parent != ROOT or "patch-ioi.yaml" in asked
 

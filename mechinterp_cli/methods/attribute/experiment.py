@@ -30,6 +30,9 @@ from mechinterp_cli.stats import Status
 
 Floats = npt.NDArray[np.float64]
 
+PARTS = ("sites", "direct", "lens", "inputs")
+"""What a section may ask for."""
+
 
 class AttributeExperiment(Experiment):
     """An attribution experiment: everything is checked, nothing is computed.
@@ -160,7 +163,8 @@ class AttributeExperiment(Experiment):
 
     def plan(self) -> dict[str, Any]:
         """Nodes, passes, rows; the exact effects cost what they would if the strongest were in the first layers."""
-        options, plan = self.options, dict[str, Any]()
+        options = self.options
+        plan: dict[str, Any] = {"asked": [name for name in PARTS if getattr(options, name)]}
         if self.nodes is not None:
             plan |= self._plan_estimates(self.nodes)
         if options.inputs is not None:
@@ -210,8 +214,8 @@ def prepare(options: AttributeOptions, setting: Setting) -> AttributeExperiment:
         UserError: Anything that the config, the model or the task cannot do.
     """
     loaded = setting.loaded
-    if not options.sites and options.direct is None and options.lens is None and options.inputs is None:
-        remedy = "Give at least one of sites, direct, lens and inputs."
+    if not any(getattr(options, name) for name in PARTS):
+        remedy = f"Give at least one of {', '.join(PARTS[:-1])} and {PARTS[-1]}."
         raise loaded.error(("attribute",), "nothing is asked for", remedy)
     if options.sites:
         check_estimators(options, setting)
