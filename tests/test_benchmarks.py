@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedTokenizerFast
 
-from benchmarks import ablate_heads, patch_sweep, sweep_prompts
+from benchmarks import ablate_heads, attribution, patch_sweep, sweep_prompts
 from benchmarks.patch_sweep import Hooks, Options, main, parsed, worst
 from benchmarks.sweep_cases import CASES, Sweep, make_sweep
 from benchmarks.sweep_clock import PeakMemory, Stopwatch
@@ -349,3 +349,43 @@ def test_ablating_a_head_by_hooks_is_as_if_its_output_weights_were_zero(
 def test_a_model_of_another_shape_is_refused_by_the_hooks_of_ablation(tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(UserError, match="self_attn.o_proj"):
         ablate_heads.Hooks(tiny_model("gpt2", overrides={"vocab_size": 128}), ioi_pairs(tokenizer, 2, "late"))
+
+
+def test_estimates_of_every_node_are_those_of_plain_hooks(
+    folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "r.json"
+    assert attribution.main(["--model", folder, "--prompts", "4", "--rounds", "2", "--json", str(out)]) == 0
+    found = json.loads(out.read_text())
+    assert (found["prompts"], found["rounds"]) == (4, 2)
+    assert found["difference"] <= attribution.TOLERANCE
+    assert found["ratio"] == pytest.approx(found["ours_seconds"] / found["forward_seconds"])
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert len({row.count("|") for row in rows}) == 1
+
+
+@pytest.mark.parametrize("wrong", [0.0, 0.1, float("nan")])
+def test_one_wrong_estimate_ends_with_1(folder: str, monkeypatch: pytest.MonkeyPatch, wrong: float) -> None:
+    right = attribution.Ours.values
+
+    def values(ours: attribution.Ours) -> attribution.Estimates:
+        found = right(ours)
+        site = next(site for site in found if site.kind == "neuron")
+        found[site][0, 3, 1] += wrong * found[site].abs().max()
+        return found
+
+    monkeypatch.setattr(attribution.Ours, "values", values)
+    assert attribution.main(["--model", folder, "--prompts", "2", "--rounds", "1"]) == int(wrong != 0)
+
+
+def test_plain_hooks_see_something_everywhere_and_leave_no_hook(model: Any, tokenizer: PreTrainedTokenizerFast) -> None:
+    pairs = ioi_pairs(tokenizer, 2, "early")
+    found = attribution.Hooks(model, pairs).values()
+    assert {site.kind for site in found} == set(attribution.KINDS)
+    assert all(float(values.abs().max()) > 0 for values in found.values())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_a_model_of_another_shape_is_refused_by_the_hooks_of_attribution(tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(UserError, match="mlp.down_proj"):
+        attribution.Hooks(tiny_model("gpt2", overrides={"vocab_size": 128}), ioi_pairs(tokenizer, 2, "early"))
