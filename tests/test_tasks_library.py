@@ -111,7 +111,9 @@ def test_tasks_are_known_without_loading_torch() -> None:
     )
     command = [sys.executable, "-c", script]
     output = subprocess.run(command, cwd=ROOT, capture_output=True, check=True, text=True).stdout
-    assert output.split() == ["False", *sorted([*GENERATED, "file", "prompts", "repeats", "text"])]
+    others = ["file", "prompts", "repeats", "text"]
+    labelled = ["induction_labels", "labelled", "number", "position", "sentiment", "truth"]
+    assert output.split() == ["False", *sorted([*GENERATED, *others, *labelled])]
 
 
 def test_every_option_is_described() -> None:

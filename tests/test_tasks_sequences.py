@@ -386,12 +386,14 @@ def test_metrics_that_need_an_answer_are_refused(task: str, options: dict[str, A
             check_prompts([find_metric("kl"), find_metric(name)], prompts.prompts, prompts.task)
         assert caught.value.cause == f"metrics: {name} needs an answer, and prompt 0 of task {task!r} has none"
         assert caught.value.remedy == (
-            "Use kl, or a task with answers: agreement, capitals, file, greater_than, induction, ioi, prompts."
+            "Use kl, or a task with answers: agreement, capitals, file, greater_than, induction, ioi, number, prompts, "
+            "sentiment, truth."
         )
 
 
 def test_tasks_say_whether_they_have_answers() -> None:
-    assert set(TaskOptions.registry) - set(tasks_with_answers()) == {"repeats", "text"}
+    without = {"repeats", "text", "labelled", "induction_labels", "position"}
+    assert set(TaskOptions.registry) - set(tasks_with_answers()) == without
     for task in ("ioi", "greater_than", "induction", "capitals", "agreement"):
         assert all(prompt.answer for prompt in make(task).prompts)
 

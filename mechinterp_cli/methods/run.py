@@ -169,6 +169,8 @@ def _describe(run: RunRecorder, prepared: Prepared) -> pa.Table:
     manifest.determinism = determinism_state(config.deterministic)
     if not config.deterministic:
         run.warn("deterministic: false: a repetition may differ in the last bits even on the same machine")
+    for warning in experiment.prompts.warnings:
+        run.warn(warning)
     dropped = experiment.prompts.dropped
     if dropped:
         reasons = pd.Series([d.reason for d in dropped]).value_counts()

@@ -3,6 +3,7 @@
 import importlib
 import pkgutil
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from mechinterp_cli.config.base import TaskOptions
@@ -58,6 +59,7 @@ def build(
         dropped=tuple(built.dropped),
         add_bos=bool(encoder.prefix),
         chat_template=encoder.chat_template,
+        warnings=tuple(built.warnings),
     )
 
 
@@ -76,10 +78,8 @@ def drop(prompts: PromptSet, indices: Iterable[int], reason: str) -> PromptSet:
     if out and not 0 <= out[0] <= out[-1] < len(prompts.prompts):
         raise IndexError(f"prompts {out} are not all in 0..{len(prompts.prompts) - 1}")
     gone = set(out)
-    return PromptSet(
-        task=prompts.task,
+    return replace(
+        prompts,
         prompts=tuple(p for i, p in enumerate(prompts.prompts) if i not in gone),
         dropped=(*prompts.dropped, *(Dropped(prompts.prompts[i].clean, reason) for i in out)),
-        add_bos=prompts.add_bos,
-        chat_template=prompts.chat_template,
     )

@@ -1,6 +1,6 @@
 """From a prompt as text to a prompt as tokens, with every check that a single prompt can be put to."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from mechinterp_cli.errors import UserError
@@ -70,6 +70,39 @@ def finish(draft: Draft, encoder: Encoder, options: CommonOptions) -> Prompt:
     )
     near = {name: span_positions(prompt, name) for name in draft.neighbours}
     return replace(prompt, spans={**prompt.spans, **near})
+
+
+def unasked(draft: Draft, encoded: Encoded) -> Prompt:
+    """Make a prompt of a draft that asks nothing; its answers and its corrupt prompt are not looked at.
+
+    Args:
+        draft: The prompt as text.
+        encoded: Its clean text, tokenised.
+
+    Raises:
+        UserError: A span is not in the prompt.
+    """
+    return Prompt(
+        clean=draft.clean,
+        clean_tokens=encoded.tokens,
+        answer=(),
+        answer_text="",
+        spans=all_spans(encoded, draft.spans, draft.where),
+        group=draft.group,
+        template=draft.template or f"length-{len(encoded.tokens)}",
+        cluster=draft.cluster,
+    )
+
+
+def by_lengths(prompt: Prompt, label: str, spans: Iterable[str]) -> Prompt:
+    """The prompt with a template that says how many tokens its spans have, since longer ones shift what follows.
+
+    Args:
+        prompt: A prompt with these spans.
+        label: What the template is called.
+        spans: Spans whose words differ from prompt to prompt.
+    """
+    return replace(prompt, template="-".join([label, *(str(len(prompt.spans[name])) for name in spans)]))
 
 
 def _check_lengths(clean: Encoded, corrupt: Encoded, encoder: Encoder, where: str) -> None:

@@ -17,6 +17,8 @@ class CommonOptions(TaskOptions):
 
     has_answers: ClassVar[bool] = True
     """Whether its prompts have a right answer; those of `repeats` and `text` have none."""
+    has_labels: ClassVar[bool] = False
+    """Whether its prompts, or their words, have labels that a probe can be fitted to."""
 
     n: Count | None = 32
     """How many prompts; null takes every row of `file` and `inline`."""

@@ -3,6 +3,20 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+Label = str | float
+"""What a text or a word is labelled with: the name of a class, or a number."""
+
+
+@dataclass(frozen=True)
+class Word:
+    """A labelled word of a prompt, or a labelled token where texts have no words."""
+
+    positions: tuple[int, ...]
+    """Its tokens, in order; the last one is where a model has read all of it."""
+    type: str
+    """What all occurrences of the word share: control labels depend on it alone."""
+    label: Label
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -29,7 +43,11 @@ class Prompt:
     template: str = ""
     """Template and name order: positions mean the same thing only within one."""
     cluster: str = ""
-    """Prompts of one cluster are not independent; intervals resample clusters."""
+    """Prompts of one cluster are not independent; intervals resample clusters, and splits keep them together."""
+    label: Label | None = None
+    """What the whole text is labelled with; None where nothing is."""
+    words: tuple[Word, ...] = ()
+    """Labelled words; none where the text has one label, or none."""
 
     @property
     def length(self) -> int:
@@ -55,6 +73,8 @@ class PromptSet:
     add_bos: bool = False
     """Whether a beginning-of-sequence token was put before every prompt."""
     chat_template: bool = False
+    warnings: tuple[str, ...] = ()
+    """What looks unintended in what the user gave."""
 
     def buckets(self) -> dict[int, tuple[int, ...]]:
         """Indices of the prompts of each exact length, shortest first."""

@@ -12,10 +12,11 @@ from mechinterp_cli.tasks.tokenise import Encoder
 
 @dataclass(frozen=True)
 class Built:
-    """What a task's builder gives: the prompts, and those it left out."""
+    """What a task's builder gives: the prompts, those it left out, and what looks unintended."""
 
     prompts: Sequence[Prompt]
     dropped: Sequence[Dropped] = ()
+    warnings: Sequence[str] = ()
 
 
 Options = TypeVar("Options", bound=TaskOptions)
@@ -45,3 +46,9 @@ def tasks_with_answers() -> tuple[str, ...]:
     """Names of the registered tasks whose prompts have a right answer."""
     answering = (chosen for chosen in BUILDERS if issubclass(chosen, CommonOptions) and chosen.has_answers)
     return tuple(sorted(chosen.task_name for chosen in answering))
+
+
+def tasks_with_labels() -> tuple[str, ...]:
+    """Names of the registered tasks whose prompts, or words of them, are labelled."""
+    labelled = (chosen for chosen in BUILDERS if issubclass(chosen, CommonOptions) and chosen.has_labels)
+    return tuple(sorted(chosen.task_name for chosen in labelled))

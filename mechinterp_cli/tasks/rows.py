@@ -130,7 +130,15 @@ def _content(prompt: Prompt) -> dict[str, Any]:
         "group": prompt.group,
         "cluster": prompt.cluster,
         "template": prompt.template,
+        **_labels(prompt),
     }
+
+
+def _labels(prompt: Prompt) -> dict[str, Any]:
+    """Nothing for a prompt without labels, so that its hash is what it was before there were any."""
+    sentence = {} if prompt.label is None else {"label": prompt.label}
+    words = [[list(word.positions), word.type, word.label] for word in prompt.words]
+    return {**sentence, **({"words": words} if words else {})}
 
 
 def _notes(prompt: Prompt, encoder: Encoder) -> list[str]:
