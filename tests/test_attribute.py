@@ -236,40 +236,36 @@ def test_rows_summary_and_top(tmp_path: Path) -> None:
     assert sorted(kept) == sorted(strongest["trial"])
 
 
-def test_what_is_saved_is_not_estimated_again_and_the_tables_are_the_same(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def broken(*_arguments: Any, **_options: Any) -> Any:
+    raise RunError("stopped", "go on")
+
+
+@pytest.fixture
+def stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Run, Path]:
+    """A whole run, and one of the same that was stopped between its two estimators."""
     section = {"sites": BLOCKS[:2], "estimators": ["atp", "ig_inputs"], "steps": 2, "verify": everything(5)}
     whole = attribute(tmp_path, section)
-    loaded = config_of(tmp_path, section, method="attribute")
-
-    def broken(*_arguments: Any, **_options: Any) -> Any:
-        raise RunError("stopped", "go on")
-
     with monkeypatch.context() as patch, pytest.raises(RunError):
         patch.setattr(estimating, "ig_inputs", broken)
+        loaded = config_of(tmp_path, section, method="attribute")
         run_experiment(loaded, out=tmp_path / "stopped", progress=SilentProgress())
     (path,) = (tmp_path / "stopped").iterdir()
     assert len(list((path / "units").iterdir())) == 1
-    with monkeypatch.context() as patch:
-        patch.setattr(engine, "atp", broken)  # would stop the run, were it asked again
-        resume_experiment(path, progress=SilentProgress())
+    return whole, path
+
+
+def test_what_is_saved_is_not_estimated_again_and_the_tables_are_the_same(
+    stopped: tuple[Run, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, path = stopped
+    monkeypatch.setattr(engine, "atp", broken)  # would stop the run, were it asked again
+    resume_experiment(path, progress=SilentProgress())
     for name in TABLES:
         assert (path / f"{name}.parquet").read_bytes() == (whole.path / f"{name}.parquet").read_bytes()
 
 
-def test_a_damaged_unit_is_estimated_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    section = {"sites": BLOCKS[:2], "estimators": ["atp", "ig_inputs"], "steps": 2, "verify": None}
-    whole = attribute(tmp_path, section)
-    loaded = config_of(tmp_path, section, method="attribute")
-
-    def broken(*_arguments: Any, **_options: Any) -> Any:
-        raise RunError("stopped", "go on")
-
-    with monkeypatch.context() as patch, pytest.raises(RunError):
-        patch.setattr(estimating, "ig_inputs", broken)
-        run_experiment(loaded, out=tmp_path / "stopped", progress=SilentProgress())
-    (path,) = (tmp_path / "stopped").iterdir()
+def test_a_damaged_unit_is_estimated_again(stopped: tuple[Run, Path]) -> None:
+    whole, path = stopped
     (unit,) = (path / "units").iterdir()
     unit.write_bytes(unit.read_bytes()[:-40])
     resume_experiment(path, progress=SilentProgress())
