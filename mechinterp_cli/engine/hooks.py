@@ -77,7 +77,7 @@ class PlainHooks:
             positions = activation.shape[1]
             flat = activation.reshape(-1, *activation.shape[2:]).clone()
             for edit in (e for e in trial.edits if e.site == site):
-                edited(flat, edit, _all_rows(edit, positions, self.device), activations)
+                edited(flat, edit, all_rows(edit, positions, self.device), activations)
             return flat.view(activation.shape)
 
         with self._noise(bucket, trial.stream), visiting(self.model, self.anatomy, kinds_by_layer(sites), visit):
@@ -122,8 +122,8 @@ class PlainHooks:
         return torch.unflatten(measure(logits.flatten(0, 1), prompt, read).double(), 0, (prompts, reads))
 
 
-def _all_rows(edit: Edit, positions: int, device: torch.device) -> Rows:
-    """Rows of an edit in a batch of all prompts."""
+def all_rows(edit: Edit, positions: int, device: torch.device) -> Rows:
+    """Rows of an edit in a batch of all prompts, flat over prompts and positions."""
     pairs = [(prompt, position) for prompt, chosen in enumerate(edit.positions) for position in chosen]
     prompt, position = torch.tensor(pairs, dtype=torch.long, device=device).reshape(-1, 2).unbind(1)
     return Rows(prompt * positions + position, prompt, position)

@@ -1,0 +1,104 @@
+"""The tables of `probe`, beside the common ones."""
+
+import pyarrow as pa
+
+from mechinterp_cli.runs.schema import column, register_columns
+
+_TEXT, _INDEX, _REAL = pa.string(), pa.int32(), pa.float64()
+
+
+def _texts(*names: str) -> list[pa.Field]:
+    return [column(name, _TEXT) for name in names]
+
+
+def _required(*names: str) -> list[pa.Field]:
+    return [column(name, _TEXT, required=True) for name in names]
+
+
+def _counts(*names: str) -> list[pa.Field]:
+    return [column(name, _INDEX, required=True) for name in names]
+
+
+def _indices(*names: str) -> list[pa.Field]:
+    return [column(name, _INDEX) for name in names]
+
+
+def _reals(*names: str) -> list[pa.Field]:
+    return [column(name, _REAL) for name in names]
+
+
+_CAUSAL_PLACE = [
+    *_required("site"),
+    *_counts("layer"),
+    *_indices("head", "kv_head", "position"),
+    *_texts("span", "template"),
+]
+_CAUSAL_KEYS = (
+    *("site", "layer", "head", "kv_head", "position", "span", "template"),
+    *("intervention", "strength", "stream", "direction", "metric"),
+)
+# One row per probed site, place, intervention, strength, named direction and metric: the mean effect over prompts, and
+# of the probe's own directions the random ones beside it.
+register_columns(
+    "probe",
+    "causal_effects",
+    [
+        *_CAUSAL_PLACE,
+        *_required("intervention"),
+        *_reals("strength"),
+        *_required("stream", "direction", "metric", "status"),
+        *_counts("rank"),
+        *_reals("removed", "spread", "baseline", "effect", "ci_low", "ci_high"),
+        *_counts("n"),
+        *_indices("clusters", "draws"),
+        *_reals("random_effect", "random_low", "random_high", "difference", "difference_low", "difference_high"),
+        *_reals("control_effect", "control_difference", "control_low", "control_high", "margin", "p", "p_adjusted"),
+        *_texts("family", "verdict"),
+    ],
+    keys=_CAUSAL_KEYS,
+)
+# One row per probed site, place and intervention: can it be read, and is it used?
+register_columns(
+    "probe",
+    "causal_verdicts",
+    [
+        *_CAUSAL_PLACE,
+        *_required("intervention"),
+        *_reals("strength"),
+        *_required("stream", "metric"),
+        *_reals("score", "score_p", "chance"),
+        *_texts("readable"),
+        *_reals("effect", "difference", "difference_low", "difference_high", "margin", "p_adjusted"),
+        *_texts("used"),
+    ],
+    keys=tuple(key for key in _CAUSAL_KEYS if key != "direction"),
+)
+# The effect on every prompt, but of random directions.
+register_columns(
+    "probe",
+    "causal_prompts",
+    [
+        *_CAUSAL_PLACE,
+        *_required("intervention"),
+        *_reals("strength"),
+        *_required("stream", "direction", "metric"),
+        *_counts("prompt"),
+        *_texts("cluster"),
+        *_reals("value", "effect"),
+    ],
+    keys=(*_CAUSAL_KEYS, "prompt"),
+)
+# What probes in later layers read while a site is erased.
+register_columns(
+    "probe",
+    "causal_downstream",
+    [
+        *_required("erased_site"),
+        *_counts("erased_layer"),
+        *_indices("erased_head"),
+        *_required("site"),
+        *_counts("layer"),
+        *_reals("score_before", "score_after", "chance"),
+    ],
+    keys=("erased_site", "erased_layer", "erased_head", "site", "layer"),
+)
