@@ -164,8 +164,16 @@ def _text(where: str, row: Row, labels: tuple[Label, ...], marks: Marks | None) 
         if target is not None:
             raise UserError(f"{where}: the target is given by task.marks and by a column", "Leave out one of them.")
         text, target = _unmarked(where, text, marks)
+    return LabelledText(where, text, labels, _group(where, row), target)
+
+
+def _group(where: str, row: Row) -> str:
     group = row.get("group")
-    return LabelledText(where, text, labels, "" if group is None else str(group), target)
+    if group is None or group == "":
+        return ""
+    if not isinstance(group, str | int):
+        raise UserError(f"{where}: group {group!r} is no text", "Give its name, or leave it out.")
+    return str(group)
 
 
 def _target(where: str, row: Row, text: str) -> Range | None:

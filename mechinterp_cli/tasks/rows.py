@@ -60,6 +60,8 @@ class Description:
     """Positions at which clean and corrupt differ."""
     notes: tuple[str, ...]
     """What looks unintended."""
+    labels: tuple[str, ...] = ()
+    """The text's one, or words and their labels."""
 
     def lines(self) -> list[str]:
         """The description as lines of plain text; tokens are written as Python would, so that spaces show."""
@@ -68,6 +70,7 @@ class Description:
             f"answer: {_joined(self.answer) or 'none'}   wrong answer: {_joined(self.wrong_answer) or 'none'}",
             "spans: " + ", ".join(f"{name}={list(at)}" for name, at in self.spans.items()),
             *([f"clean and corrupt differ at {list(self.differ)}"] if "corrupt" in self.streams else []),
+            *(["labels: " + ", ".join(self.labels)] if self.labels else []),
             *(f"note: {note}" for note in self.notes),
         ]
 
@@ -88,6 +91,7 @@ def describe(prompt: Prompt, tokenizer: "PreTrainedTokenizerBase") -> Descriptio
         spans={name: tuple(prompt.spans[name]) for name in sorted(prompt.spans)},
         differ=tuple(i for i, (a, b) in enumerate(pairs) if a != b),
         notes=tuple(_notes(prompt, encoder)),
+        labels=tuple(_shown_labels(prompt)),
     )
 
 
@@ -139,6 +143,12 @@ def _labels(prompt: Prompt) -> dict[str, Any]:
     sentence = {} if prompt.label is None else {"label": prompt.label}
     words = [[list(word.positions), word.type, word.label] for word in prompt.words]
     return {**sentence, **({"words": words} if words else {})}
+
+
+def _shown_labels(prompt: Prompt) -> list[str]:
+    if prompt.words:
+        return [f"{word.type!r} at {list(word.positions)}: {word.label}" for word in prompt.words]
+    return [] if prompt.label is None else [str(prompt.label)]
 
 
 def _notes(prompt: Prompt, encoder: Encoder) -> list[str]:

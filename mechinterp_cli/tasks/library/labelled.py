@@ -73,9 +73,8 @@ def build_labelled(options: LabelledOptions, encoder: Encoder) -> Built:
         else:
             dropped.append(Dropped(text.text, f"{text.where}: task.length leaves no whole word"))
     kept = sampled(prompts, options)
-    check_labels_differ(
-        [label for prompt in kept for label in labels_of(prompt)] or [""], f"{options.path}: as sampled"
-    )
+    if kept:
+        check_labels_differ([label for prompt in kept for label in labels_of(prompt)], f"{options.path}: as sampled")
     return Built(kept, dropped, warnings)
 
 
