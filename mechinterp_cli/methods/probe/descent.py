@@ -88,7 +88,8 @@ class Problems(_ByProblem):
     Args:
         targets: [problems, columns, n], 0 and 1.
         weights: [problems, 1, n]: penalty × sample weight.
-        ridge: [problems, 1, d + 1]: near 1, and 0 for the intercept.
+        ridge: [problems, 1, d + 1]: squared scale of the problem's own features, as a share of the shared scale;
+            near 1 mostly, and 0 for the intercept.
     """
 
     targets: Tensor
@@ -102,7 +103,7 @@ class Point(_ByProblem):
 
     Args:
         w: [problems, columns, d + 1] coefficients and intercept.
-        gradient: Euclidean norm of the objective's gradient, [problems, 1, 1].
+        gradient: Euclidean norm of the objective's gradient by the problem's own features, [problems, 1, 1].
         steps: Taken so far.
         converged: 1 where the gradient is small enough, else 0.
     """
@@ -154,9 +155,9 @@ class _Walk(_ByProblem):
 def descend(shared: Shared, problems: Problems, begin: Point, *, tolerance: float, max_steps: int) -> Point:
     """Walk every problem until its gradient's norm is at most tolerance × the coefficients' norm.
 
-    The objective is strongly convex in the coefficients with a constant near 1, so these are then within about
-    `tolerance` of the optimum, as a share of their norm, and the objective within `tolerance² · norm² / 2`; mostly
-    much nearer. What rounding leaves of a gradient counts as none.
+    Both norms are of the problem's own standardised features, in which the objective is 1-strongly convex: so the
+    coefficients are then within about `tolerance` of the optimum, as a share of their norm, and the objective within
+    `tolerance² · norm² / 2`; mostly much nearer. What rounding leaves of a gradient counts as none.
 
     Args:
         shared: The activations; their precision is that of the walk.
@@ -171,8 +172,8 @@ def descend(shared: Shared, problems: Problems, begin: Point, *, tolerance: floa
     places = torch.arange(len(out.w), device=out.w.device)
     noise, walk = _noise(problems), _set_out(shared, problems, begin)
     while True:
-        norm = _dot(walk.grad, walk.grad).sqrt()
-        done = norm <= tolerance * walk.w[..., :-1].flatten(1).norm(dim=1)[:, None, None] + noise
+        norm = _norm(walk.grad / _own_scale(problems))
+        done = norm <= tolerance * _norm(problems.ridge.sqrt() * walk.w) + noise
         left = (~done & (walk.steps < max_steps)).flatten()
         count = int(left.sum())
         if count <= KEPT * len(left):
@@ -199,6 +200,15 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
     """[problems, 1, 1]."""
     found: Tensor = torch.linalg.vecdot(a.flatten(1), b.flatten(1))
     return found[:, None, None]
+
+
+def _norm(a: Tensor) -> Tensor:
+    return _dot(a, a).sqrt()
+
+
+def _own_scale(problems: Problems) -> Tensor:
+    """What a problem's own features are, as a share of the shared ones; 1 for the intercept."""
+    return torch.where(problems.ridge > 0, problems.ridge, 1).sqrt()
 
 
 def _noise(problems: Problems) -> Tensor:
@@ -266,7 +276,7 @@ def _search(problems: Problems, walk: _Walk, direction: Tensor, dir_z: Tensor) -
     along, square = _dot(walk.w, drag), _dot(direction, drag)
     residual, chances, z = walk.residual, walk.chances, walk.z
     # below what rounding leaves of a slope there is nothing to be found
-    noise = torch.finfo(dir_z.dtype).eps * (_dot(residual, residual) * _dot(dir_z, dir_z)).sqrt()
+    noise = torch.finfo(dir_z.dtype).eps * _norm(residual) * _norm(dir_z)
     length = low = torch.zeros_like(along)
     high = torch.full_like(along, torch.inf)
     slope = _dot(walk.grad, direction)
