@@ -417,4 +417,10 @@ def test_what_needs_answers_says_so(task: str) -> None:
 def test_the_number_of_a_subject_is_what_the_verb_needs() -> None:
     prompts = make("number", n=4)
     check_prompts([find_metric("logit_diff")], prompts.prompts, prompts.task)
-    assert all(len(p.answer) == len(p.wrong_answer) == 3 for p in prompts.prompts)
+    labels = {p.clean: p.words[0].label for p in make("number", n=400).prompts}
+    for prompt in prompts.prompts:
+        assert len(prompt.answer) == len(prompt.wrong_answer) == 3
+        assert prompt.corrupt is not None and prompt.corrupt_tokens is not None
+        assert {labels[prompt.clean], labels[prompt.corrupt]} == {"singular", "plural"}
+        pairs = enumerate(zip(prompt.clean_tokens, prompt.corrupt_tokens, strict=True))
+        assert tuple(i for i, (a, b) in pairs if a != b) == prompt.spans["target"]

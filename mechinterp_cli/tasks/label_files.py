@@ -216,7 +216,7 @@ def _unmarked(where: str, text: str, marks: Marks) -> tuple[str, Range]:
     """The text without its marks, and the characters between them."""
     before, rest = text.split(marks[0], 1) if marks[0] in text else (text, "")
     target, after = rest.split(marks[1], 1) if marks[1] in rest else ("", "")
-    if not target.strip() or any(mark in before + after for mark in marks):
+    if not target.strip() or any(mark in part for mark in marks for part in (before, target, after)):
         cause = f"{where}: {text!r} has not one target between {marks[0]!r} and {marks[1]!r}"
         raise UserError(cause, "Put task.marks around one part of every text.")
     return before + target + after, (len(before), len(before) + len(target))

@@ -25,13 +25,14 @@ class Rows:
     rows: tuple[tuple[str, Row], ...]
 
 
-def read_rows(path: str) -> Rows:
+def read_rows(path: str, key: str = "task.file") -> Rows:
     """Read a CSV, JSONL or JSON file.
 
     A byte-order mark and either line ending are accepted.
 
     Args:
         path: The file.
+        key: The config's key that names it.
 
     Raises:
         UserError: The file cannot be read, is empty, or is malformed; the message names the line.
@@ -39,8 +40,8 @@ def read_rows(path: str) -> Rows:
     kind = Path(path).suffix.lower().lstrip(".")
     readers = {"csv": _csv, "jsonl": _jsonl, "json": _json}
     if kind not in readers:
-        raise UserError(f"task.file: {path!r} is no .csv, .jsonl or .json file", "Convert it, or rename it.")
-    rows = tuple(readers[kind](_text(path, "task.file", "a .csv, .jsonl or .json file"), path))
+        raise UserError(f"{key}: {path!r} is no .csv, .jsonl or .json file", "Convert it, or rename it.")
+    rows = tuple(readers[kind](_text(path, key, "a .csv, .jsonl or .json file"), path))
     if not rows:
         raise UserError(f"{path}: has no prompts", "Give it at least one row.")
     return Rows(path, kind, rows)

@@ -63,7 +63,7 @@ def build_labelled(options: LabelledOptions, encoder: Encoder) -> Built:
 
     A row that says again what an earlier one said is left out and counted; one that says otherwise is told.
     """
-    given = labelled_texts(read_rows(options.path), options.labels, options.marks)
+    given = labelled_texts(read_rows(options.path, "task.path"), options.labels, options.marks)
     texts, dropped, warnings = _distinct(given)
     prompts: list[Prompt] = []
     for index, text in texts:

@@ -2,7 +2,8 @@
 
 Between subject and verb stands a distractor. With `both`, every subject comes with a distractor of its own number and
 with one of the other, so the nearest noun's number tells nothing. The prompt ends where the verb would stand, so it
-asks for a verb, too, as `agreement` does. Spans: `target`, the subject, and `distractor`.
+asks for a verb, too, as `agreement` does; the corrupt prompt has the subject in the other number, where that is as many
+tokens. Spans: `target`, the subject, and `distractor`.
 """
 
 import itertools
@@ -68,10 +69,15 @@ def _prompt(code: int, number: int, other: int, options: NumberOptions, encoder:
     code, template = divmod(code, len(_TEMPLATES))
     first, second = divmod(code, len(NOUNS) - 1)
     noun, distractor = NOUNS[first], [n for i, n in enumerate(NOUNS) if i != first][second]
-    text = fill(_TEMPLATES[template], {"target": noun[number], "distractor": distractor[other]})
+    text, corrupt = (
+        fill(_TEMPLATES[template], {"target": form, "distractor": distractor[other]})
+        for form in (noun[number], noun[1 - number])
+    )
+    paired = len(encoder.word_ids(noun[0])) == len(encoder.word_ids(noun[1]))
     draft = Draft(
         where=f"task number: {text.text!r}",
         clean=text.text,
+        corrupt=corrupt.text if paired else None,
         answer=tuple(encoder.reply(verb) for verb in _VERBS[number]),
         wrong_answer=tuple(encoder.reply(verb) for verb in _VERBS[1 - number]),
         spans=text.spans,
