@@ -1,4 +1,5 @@
 from collections import Counter
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -38,11 +39,11 @@ def test_random_labels_are_seldom_found_to_be_readable_and_readable_ones_are() -
         rng = np.random.default_rng(seed)
         x = torch.tensor(rng.normal(size=(24, 4)))
         labels = rng.permutation(np.repeat([0, 1], 12))
-        _, _, p = permutation_test(labels, lambda sets, x=x: nested_accuracies(x, sets), draws=draws, seed=seed)
+        _, _, p = permutation_test(labels, partial(nested_accuracies, x), draws=draws, seed=seed)
         high += p > 0.05
         if seed < 10:
             x[:, 0] += torch.tensor(4.0 * labels)
-            found += permutation_test(labels, lambda sets, x=x: nested_accuracies(x, sets), draws=draws)[2] <= 0.05
+            found += permutation_test(labels, partial(nested_accuracies, x), draws=draws)[2] <= 0.05
     assert high >= 90
     assert high < 100  # with all above .05 the test would be too careful to find anything
     assert found == 10

@@ -95,6 +95,12 @@ def test_sites_are_solved_apart_and_float32_activations_are_taken_up_to_their_ow
         alone = fit_site(x[site], tasks, PENALTIES)
         assert torch.equal(whole.weights[site], alone.weights)
         assert torch.equal(whole.logits(x)[site], alone.logits(x[site]))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    several = fit_logistic(x, tasks, PENALTIES)
+    assert torch.get_num_threads() == 3
+    torch.set_num_threads(threads)
+    assert torch.equal(several.weights, whole.weights)
     single = fit_logistic(x.float(), tasks, PENALTIES)
     assert (single.weights - whole.weights).norm() <= 1e-5 * whole.weights.norm()
     assert single.weights.dtype == torch.float64

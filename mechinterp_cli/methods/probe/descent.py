@@ -22,7 +22,7 @@ from mechinterp_cli.methods.probe import losses
 FLATTER = 0.25
 """A step is good where the slope along it has fallen to this share."""
 STEP_TRIES = 8
-REFRESH = 1.5
+REFRESH = 2.0
 """The preconditioner follows a problem's curvature when that has changed by this factor."""
 KEPT = 0.95
 """Problems that are done are put away when no more than this share is left."""
@@ -170,10 +170,9 @@ def descend(shared: Shared, problems: Problems, begin: Point, *, tolerance: floa
     problems, begin = problems.to(dtype), begin.to(dtype)
     out = Point(*(getattr(begin, field.name).clone() for field in fields(begin)))
     places = torch.arange(len(out.w), device=out.w.device)
-    noise, walk = _noise(problems), _set_out(shared, problems, begin)
+    limit, walk = _Limit.of(problems, tolerance), _set_out(shared, problems, begin)
     while True:
-        norm = _norm(walk.grad / _own_scale(problems))
-        done = norm <= tolerance * _norm(problems.ridge.sqrt() * walk.w) + noise
+        norm, done = limit.reached(walk)
         left = (~done & (walk.steps < max_steps)).flatten()
         count = int(left.sum())
         if count <= KEPT * len(left):
@@ -181,7 +180,7 @@ def descend(shared: Shared, problems: Problems, begin: Point, *, tolerance: floa
             if not count:
                 return out
             kept = left.nonzero().flatten()
-            places, problems, walk, noise = places[kept], problems.select(kept), walk.select(kept), noise[kept]
+            places, problems, walk, limit = places[kept], problems.select(kept), walk.select(kept), limit.select(kept)
         walk = _step(shared, problems, walk)
 
 
@@ -206,16 +205,28 @@ def _norm(a: Tensor) -> Tensor:
     return _dot(a, a).sqrt()
 
 
-def _own_scale(problems: Problems) -> Tensor:
-    """What a problem's own features are, as a share of the shared ones; 1 for the intercept."""
-    return torch.where(problems.ridge > 0, problems.ridge, 1).sqrt()
+@dataclass(frozen=True)
+class _Limit(_ByProblem):
+    """When a problem is done."""
 
-
-def _noise(problems: Problems) -> Tensor:
+    root: Tensor
+    """Makes coefficients those of the problem's own features, times the tolerance; 0 for the intercept."""
+    lift: Tensor
+    """Makes a gradient that by the problem's own features."""
+    noise: Tensor
     """Norm of what rounding leaves in a gradient."""
-    eps = torch.finfo(problems.ridge.dtype).eps
-    mass = problems.weights.amax(-1, keepdim=True) * problems.weights.sum(-1, keepdim=True)
-    return eps * (mass * problems.ridge.shape[-1]).sqrt()
+
+    @staticmethod
+    def of(problems: Problems, tolerance: float) -> "_Limit":
+        root = problems.ridge.sqrt()
+        mass = problems.weights.amax(-1, keepdim=True) * problems.weights.sum(-1, keepdim=True)
+        noise = torch.finfo(root.dtype).eps * (mass * root.shape[-1]).sqrt()
+        return _Limit(tolerance * root, 1 / torch.where(root > 0, root, 1), noise)
+
+    def reached(self, walk: _Walk) -> tuple[Tensor, Tensor]:
+        """Gradients' norms, and whether they are small enough."""
+        norm = _norm(walk.grad * self.lift)
+        return norm, norm <= _norm(walk.w * self.root) + self.noise
 
 
 def _set_out(shared: Shared, problems: Problems, point: Point) -> _Walk:
@@ -261,7 +272,7 @@ def _step(shared: Shared, problems: Problems, walk: _Walk) -> _Walk:
     w = torch.addcmul(walk.w, length, direction)
     grad = _gradient(shared, problems, w, residual)
     scale = _scale(problems, chances)
-    near = (scale / walk.scale).log().abs() < torch.log(torch.tensor(REFRESH))
+    near = (scale < REFRESH * walk.scale) & (walk.scale < REFRESH * scale)
     scale = torch.where(near, walk.scale, scale)
     return _Walk(w, z, chances, residual, grad, scale, direction, walk.grad, product, walk.steps + 1)
 

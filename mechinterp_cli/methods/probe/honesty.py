@@ -44,7 +44,9 @@ def accuracy_interval(correct: Tensor, clusters: Sequence[str], stats: StatsOpti
     return estimate(values, None, clusters, stats, method="bca")
 
 
-def permuted_labels(labels: Sequence[int], groups: Sequence[str] | None, *, draws: int, seed: int) -> Integers:
+def permuted_labels(
+    labels: Sequence[int] | Integers, groups: Sequence[str] | None, *, draws: int, seed: int
+) -> Integers:
     """Labels as they might have been were there nothing to read, [draws, n].
 
     Within a group that has several labels they are permuted; groups that have one label each exchange it as a whole.
@@ -84,7 +86,7 @@ def permutation_p(observed: float, drawn: Sequence[float] | Floats) -> float:
 
 
 def permutation_test(
-    labels: Sequence[int],
+    labels: Sequence[int] | Integers,
     score: Callable[[Integers], Sequence[float]],
     *,
     groups: Sequence[str] | None = None,

@@ -80,10 +80,11 @@ def _every_penalty(x: Tensor, y: Tensor, alphas: Tensor) -> Tensor:
     if d <= n:
         values, vectors = torch.linalg.eigh(x.T @ x)
         inside: Tensor = vectors.T @ (x.T @ y)
-        return inside / (values.clamp(min=0) + alphas[:, None]) @ vectors.T
+        primal: Tensor = inside / (values.clamp(min=0) + alphas[:, None])
+        return torch.matmul(primal, vectors.T)
     values, vectors = torch.linalg.eigh(x @ x.T)
     dual: Tensor = (vectors.T @ y) / (values.clamp(min=0) + alphas[:, None])
-    return dual @ vectors.T @ x
+    return torch.matmul(torch.matmul(dual, vectors.T), x)
 
 
 def r2(predicted: Tensor, y: Tensor, mask: Tensor) -> Tensor:
