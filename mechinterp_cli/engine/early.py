@@ -37,13 +37,35 @@ def forward_until(model: nn.Module, tokens: Tensor, module: nn.Module, done: Cal
             raise stop
 
     with hooked([module.register_forward_hook(hook)]):
-        try:
-            forward(model, tokens.to(device_of(model)), last_only=True)
-        except _Stop as caught:
-            if caught is not stop:
-                raise
-        finally:
-            stop.__traceback__ = None  # its frames hold the pass's activations
+        _run(model, tokens, stop)
+
+
+@torch.no_grad()
+def forward_up_to(model: nn.Module, tokens: Tensor, module: nn.Module) -> None:
+    """Run the model on `tokens` and stop when `module` would begin; its hooks from before this call see its input.
+
+    Args:
+        model: The model, in evaluation mode.
+        tokens: Ids [prompts, positions].
+        module: One of its modules.
+    """
+    stop = _Stop()
+
+    def hook(_module: nn.Module, _args: Any) -> None:
+        raise stop
+
+    with hooked([module.register_forward_pre_hook(hook)]):
+        _run(model, tokens, stop)
+
+
+def _run(model: nn.Module, tokens: Tensor, stop: _Stop) -> None:
+    try:
+        forward(model, tokens.to(device_of(model)), last_only=True)
+    except _Stop as caught:
+        if caught is not stop:
+            raise
+    finally:
+        stop.__traceback__ = None  # its frames hold the pass's activations
 
 
 class Attended:

@@ -8,7 +8,6 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -16,10 +15,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from mechinterp_cli.engine.activations import feature_shape
 from mechinterp_cli.engine.capture import TOKENS_PER_PASS, Moments, group_means, group_moments
 from mechinterp_cli.engine.edits import Site
-from mechinterp_cli.models.anatomy import Anatomy, device_of
+from mechinterp_cli.models.anatomy import Anatomy
 from mechinterp_cli.models.checksum import sha256_of_tensors
+from mechinterp_cli.models.fingerprint import fingerprint
 from mechinterp_cli.models.loaded import LoadedModel
 from mechinterp_cli.runs.cache import activations_folder, keep, read_kept
 
@@ -76,7 +77,8 @@ def averages(model: LoadedModel, sites: set[Site], sample: Sample, *, compute: b
     if not compute:
         return {site: _zeros(model.anatomy, site, sample) for site in sites}
     found, missing = {}, set()
-    key = _key(model, sample) if model.source.weight_files else None
+    known = fingerprint(model)
+    key = None if known is None else _key(known, sample)
     for site in sorted(sites):
         kept = None if key is None else _read(key, site, _zeros(model.anatomy, site, sample))
         if kept is None:
@@ -88,16 +90,6 @@ def averages(model: LoadedModel, sites: set[Site], sample: Sample, *, compute: b
         for site, average in computed.items():
             _write(key, site, average)
     return found | computed
-
-
-def feature_shape(anatomy: Anatomy, site: Site) -> tuple[int, ...]:
-    """Features per token at a site: (heads, size) or (features,)."""
-    layer = anatomy.layers[site.layer]
-    units = layer.features(site.kind, anatomy.d_model)
-    if site.kind in ("q", "k", "v", "z"):
-        assert layer.heads is not None
-        return units, layer.heads.d_head if site.kind in ("q", "k") else layer.heads.d_value
-    return (units,)
 
 
 def _zeros(anatomy: Anatomy, site: Site, sample: Sample) -> Average:
@@ -122,18 +114,10 @@ def _with_position(moments: Moments) -> Average:
     return Average(moments.mean[:, None], moments.spread[:, None])
 
 
-def _key(model: LoadedModel, sample: Sample) -> str:
+def _key(known: Mapping[str, Any], sample: Sample) -> str:
     """Hash of everything that the numbers depend on but the site."""
-    config: dict[str, Any] = {k: v for k, v in model.model.config.to_dict().items() if k != "_name_or_path"}
-    source = model.source
     content = {
-        "weights": sorted(source.weight_files.items()),
-        "config": config,
-        "revision": source.revision,
-        "dtype": source.dtype,
-        "attention": source.attn_implementation,
-        "device": device_of(model.model).type,
-        "versions": {package: version(package) for package in ("torch", "transformers")},
+        **known,
         "tokens": sample.tokens,
         "groups": sample.groups,
         "by_position": sample.by_position,

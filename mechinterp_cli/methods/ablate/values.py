@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mechinterp_cli.engine.activations import feature_shape
 from mechinterp_cli.engine.edits import Edit, Op, RowValues, Site
-from mechinterp_cli.methods.ablate.averages import Average, averages, feature_shape
+from mechinterp_cli.methods.ablate.averages import Average, averages
 from mechinterp_cli.methods.ablate.options import AblateOptions, ValueName
 from mechinterp_cli.methods.ablate.rows import Drawn, Held, Table
 from mechinterp_cli.methods.ablate.sources import Donors, donors, every_prompt, mean_set
