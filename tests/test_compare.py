@@ -67,6 +67,20 @@ HEADS: dict[str, dict[str, Any]] = {
     },
 }
 """Runs of another method, which another table stands for."""
+K = {"kind": "k", "positions": "all"}
+ESTIMATORS = ["atp", "atp_star"]
+ESTIMATES: dict[str, dict[str, Any]] = {
+    "estimates": {"section": {"sites": [RESID, Z, K], "estimators": ESTIMATORS}, "metrics": TWO},
+    "noise estimates": {
+        "section": {
+            "sites": [Z, K],
+            "estimators": ["atp_star"],
+            "direction": "noise",
+            "verify": {"top": 0, "random": 8},
+        }
+    },
+}
+"""Runs of `attribute`, whose rows are estimates."""
 Runs = Callable[[str], Path]
 
 
@@ -78,6 +92,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     def give(name: str) -> Path:
         if name in HEADS:
             made[name] = made.get(name) or run_method(tmp_path_factory.mktemp("run"), "heads", **HEADS[name]).path
+        elif name in ESTIMATES:
+            made[name] = (
+                made.get(name) or run_method(tmp_path_factory.mktemp("run"), "attribute", **ESTIMATES[name]).path
+            )
         elif name not in made:
             others = dict(RUNS[name])
             made[name] = run_patch(tmp_path_factory.mktemp("run"), others.pop("method"), **others).path
@@ -124,6 +142,64 @@ def in_state(run: Path, folder: Path, status: Any) -> Path:
 
 
 # --- what is found
+
+
+def estimated(run: Path, estimator: str, site: str) -> pd.Series:
+    """The estimates of logit_diff by label, rows that are 0 by causality left out."""
+    rows = pd.read_parquet(run / "summary.parquet").query("group == 'all' and metric == 'logit_diff'")
+    rows = rows[(rows["estimator"] == estimator) & (rows["site"] == site) & (rows["status"] != "trivial")]
+    return rows.set_index("label")["normalized"]
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_estimates_stand_beside_exact_effects_estimator_by_estimator(runs: Runs, turned: bool) -> None:
+    paths = [runs("estimates"), runs("base")]
+    found = compared(*(reversed(paths) if turned else paths), metrics=("logit_diff",))
+    ours, theirs = ("b", "a") if turned else ("a", "b")
+    assert {row["estimator"] for row in found.agreement} == set(ESTIMATORS)
+    rows = {(row["estimator"], row["site"]): row for row in found.agreement}
+    assert len(rows) == 6
+    for estimator in ESTIMATORS:
+        assert rows[estimator, "k"][f"only_{ours}"] > 0  # what was not patched has nothing beside it
+        for site in ("resid_pre", "z"):
+            row, estimates = rows[estimator, site], estimated(runs("estimates"), estimator, site)
+            exact = numbers(runs("base"), "logit_diff", site).loc[estimates.index].astype(float)
+            exact = exact.abs() if estimator == "atp_star" else exact
+            assert row["compared"] == len(estimates) > 2
+            assert row["pearson"] == pytest.approx(np.corrcoef(estimates.astype(float), exact)[0, 1], abs=1e-12)
+            assert row["max_difference"] == pytest.approx(float((estimates - exact).abs().max()), abs=1e-12)
+            assert (row["sign_agreement"] is None) == (estimator == "atp_star")
+            mine = found.rows.query("estimator == @estimator and site == @site and state == 'compared'")
+            assert dict(zip(mine["label"], mine[theirs], strict=True)) == pytest.approx(exact.to_dict())
+
+
+def test_sizes_are_sizes_whichever_way_the_metric_goes(runs: Runs) -> None:
+    rows = pd.read_parquet(runs("noise estimates") / "summary.parquet").query("status == 'ok'")
+    baselines = pd.read_parquet(runs("noise estimates") / "baselines.parquet").groupby("stream")["value"].mean()
+    assert baselines["corrupt"] < baselines["clean"]
+    sizes, signed = rows[rows["site"] == "z"], rows[rows["site"] == "k"]
+    assert (sizes["normalized"] > 0).all()
+    assert (sizes["estimate"] > 0).all()
+    assert (sizes["ci_low"] <= sizes["ci_high"]).all()
+    assert (np.sign(signed["normalized"]) == -np.sign(signed["estimate"])).all()
+    observed = pd.read_parquet(runs("noise estimates") / "results.parquet").query("status == 'ok' and site == 'z'")
+    assert (observed["normalized"] > 0).all()
+
+
+def test_estimates_agree_with_themselves_and_are_told_apart(runs: Runs) -> None:
+    found = compared(runs("estimates"), runs("estimates"))
+    assert {row["estimator"] for row in found.agreement} == set(ESTIMATORS)
+    assert not (found.rows["difference"].abs() > 0).any()
+    assert set(found.rows["state"]) == {"compared", "trivial"}
+
+
+def test_the_worst_row_says_whose_estimate_it_is(runs: Runs, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    paths = str(runs("estimates")), str(runs("base"))
+    assert main(["compare", *paths, "--fail-above", "0.05", "--out", str(tmp_path / "out")]) == 3
+    out, err = capfd.readouterr()
+    assert out.split()[0] == "estimator"
+    assert ", estimator atp" in err
+    assert "estimator" in pq.read_table(tmp_path / "out" / "comparison.parquet").column_names
 
 
 def test_a_run_with_itself(runs: Runs) -> None:

@@ -43,7 +43,8 @@ def compare(
     """Compare two runs, row by row, for each metric and kind of site.
 
     Trials are joined by place and metric; all prompts and the main aggregate count. Of heads runs the scores are
-    compared. With checkpoints each is compared with the one of the same name. Rows that are 0 in both because
+    compared. An attribute run beside a patch run: each estimator's estimates beside the exact effects (their sizes,
+    where estimates have no sign). With checkpoints each is compared with the one of the same name. Rows that are 0 in both because
     causality says so (trivial) are counted apart: no mean, correlation, overlap or share of signs includes them.
     What is not defined (a correlation of two rows) is empty and explained.
 
@@ -83,7 +84,7 @@ def _tell(console: Console, found: Any) -> None:
 
 
 def _place(row: dict[str, Any]) -> str:
-    return ", ".join(str(row[name]) for name in ("checkpoint", "metric", "site") if name in row)
+    return ", ".join(str(row[name]) for name in ("checkpoint", "estimator", "metric", "site") if name in row)
 
 
 def _short(row: dict[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Estimates of effects: maps of each site block, the strongest of each estimator, and these beside exact effects."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -15,6 +15,7 @@ from mechinterp_cli.report.grid import ColourScale, Heatmap, HeatmapSpec, build_
 from mechinterp_cli.report.rows import Row, distinct, having, records
 from mechinterp_cli.report.tables import Column, text_table
 from mechinterp_cli.report.terminal import describe_place, strongest
+from mechinterp_cli.runs.estimators import signed
 
 NAMES = {
     "atp": "AtP",
@@ -23,8 +24,6 @@ NAMES = {
     "conductance": "integrated gradients (conductance)",
     "relp": "RelP",
 }
-SIZED, SIGNED_KINDS = "atp_star", ("q", "k")
-"""GradDrop is a mean of magnitudes: this estimator has a sign for these kinds of sites alone."""
 MAX_NEURONS = 256
 """A block of more neurons is drawn by layer and position: each cell is the strongest of them."""
 MAX_STRONGEST = 5
@@ -88,18 +87,6 @@ class Estimates:
         name, rows = NAMES.get(estimator, estimator), self.of(estimator)
         steps = [int(step) for step in rows["steps"].dropna().unique()] if "steps" in rows else []
         return f"{name}, {steps[0]} steps" if steps else name
-
-
-def signed(estimator: str, site: str, kinds: Sequence[str] = ()) -> bool:
-    """Whether an estimator tells the sign of effects.
-
-    Args:
-        estimator: Which.
-        site: The kind of site, or `all`.
-        kinds: What `all` are.
-    """
-    chosen = kinds if site == "all" else (site,)
-    return estimator != SIZED or all(kind in SIGNED_KINDS for kind in chosen)
 
 
 def estimates_of(summary: pd.DataFrame, metric: str, spec: HeatmapSpec) -> Estimates:

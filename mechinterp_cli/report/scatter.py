@@ -10,6 +10,7 @@ import pandas as pd
 
 from mechinterp_cli.report.labels import show_text
 from mechinterp_cli.runs.compare import Comparison
+from mechinterp_cli.runs.estimators import ESTIMATOR
 from mechinterp_cli.runs.sides import Side
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
@@ -31,7 +32,7 @@ class ScatterPanel:
     column: str
     """What the axes are: `normalized`, `effect` or `value`."""
     sites: npt.NDArray[np.object_]
-    """`[points]`, the kind of site, or the checkpoint: what colours tell apart."""
+    """`[points]`, the kind of site, the checkpoint or the estimator: what colours tell apart."""
     a: npt.NDArray[np.float64]
     b: npt.NDArray[np.float64]
 
@@ -52,7 +53,7 @@ class Scatter:
     lines: tuple[str, ...]
     """What stands below the title."""
     kinds: tuple[str, ...]
-    """Kinds of sites (or checkpoints) in the order of their colours."""
+    """Kinds of sites (or checkpoints, or estimators) in the order of their colours."""
     panels: tuple[ScatterPanel, ...]
 
 
@@ -84,7 +85,9 @@ def build_scatter(comparison: Comparison) -> Scatter:
 
 
 def _coloured_by(rows: pd.DataFrame) -> str:
-    """Kinds of sites; where there is one alone, checkpoints are more to be told."""
+    """Kinds of sites; where several estimators are there, these, and where one kind is there, checkpoints."""
+    if ESTIMATOR in rows and rows[ESTIMATOR].nunique() > 1:
+        return ESTIMATOR
     along = "checkpoint" in rows and rows["checkpoint"].notna().all() and rows["checkpoint"].nunique() > 1
     return "checkpoint" if along and rows["site"].nunique() == 1 else "site"
 

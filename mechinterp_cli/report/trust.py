@@ -7,9 +7,10 @@ import pandas as pd
 from rich.console import Group
 
 from mechinterp_cli.report.cells import figure, missing, number, text
-from mechinterp_cli.report.estimates import Estimates, signed
+from mechinterp_cli.report.estimates import Estimates
 from mechinterp_cli.report.rows import Row, distinct, having, records
 from mechinterp_cli.report.tables import Column, line, text_table
+from mechinterp_cli.runs.estimators import signed
 
 GOOD = 0.9
 """Pearson, and the share of signs that agree, from which on estimates are said to be in proportion to exact effects."""

@@ -4,12 +4,15 @@ Rows are joined by what a trial is (site, layer, head, position, ..., metric), n
 what stands for all prompts, under the main aggregate: the ratio of means, or the mean where nothing normalises; of
 methods whose runs another table stands for (`heads`: the scores), that table's values.
 
+Estimates (`attribute`) are joined by their estimator too; a run that measures (`patch`) is set beside every estimator
+of one that estimates, by size where an estimator tells no sign.
+
 Trivial rows (0 in both, because causality says so) are counted and nothing more: hundreds of exact zeros on top of
 each other would make any two sweeps look alike. So they are in no mean, correlation, overlap or sign share.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,11 +24,12 @@ import pyarrow as pa
 from mechinterp_cli.errors import DifferenceError, UserError
 from mechinterp_cli.runs.atomic import write_bytes
 from mechinterp_cli.runs.directory import check_writable
+from mechinterp_cli.runs.estimators import ESTIMATOR, beside_each, signed
 from mechinterp_cli.runs.sides import NEEDED, Side
 from mechinterp_cli.runs.tables import write_csv, write_parquet
 from mechinterp_cli.stats.agreement import agree
 
-KEYS = ("checkpoint", "metric", "site", "layer", "head", "kv_head", "neuron", "position", "span", "template")
+KEYS = ("checkpoint", "metric", "site", "layer", "head", "kv_head", "neuron", "position", "span", "template", ESTIMATOR)
 """What makes a row of one run and a row of another the same."""
 Column = Literal["value", "effect", "normalized"]
 Floats = npt.NDArray[np.float64]
@@ -58,7 +62,8 @@ class Comparison:
     `status_a`, `status_b`, and `state`: `compared`, `trivial`, `no_number` (null or NaN in A or B), `only_a`,
     `only_b`."""
     agreement: list[dict[str, Any]]
-    """A row per metric and kind of site, of each checkpoint that both runs have where there are several."""
+    """A row per metric and kind of site, of each estimator and of each checkpoint that both runs have, where there are
+    several."""
 
     def ranked(self) -> pd.DataFrame:
         """The rows that are not the same, worst first: without a number in one run alone, then by |difference|."""
@@ -75,8 +80,8 @@ class Comparison:
         ]
 
     def where(self, row: Any) -> str:
-        """A row's place in words; with its template and its checkpoint where there are several."""
-        several = [name for name in ("template", "checkpoint") if self._several(name)]
+        """A row's place in words; with its template, its checkpoint and its estimator where there are several."""
+        several = [name for name in ("template", "checkpoint", ESTIMATOR) if self._several(name)]
         more = [f"{name} {row[name]}" for name in several if not pd.isna(row[name])]
         return ", ".join([str(row["label"]), *more])
 
@@ -121,7 +126,7 @@ def compare(a: Side, b: Side, options: CompareOptions | None = None) -> Comparis
             alone.
     """
     options = options or CompareOptions()
-    left, right = (_of_metrics(side, (a, b), options.metrics) for side in (a, b))
+    left, right = beside_each(*(_of_metrics(side, (a, b), options.metrics) for side in (a, b)))
     keys = _unique_keys((a, left), (b, right))
     joined = left.merge(right, on=keys, how="outer", suffixes=("_a", "_b"), indicator="found")
     joined = joined.sort_values(["order_a", "order_b"], na_position="last", ignore_index=True)
@@ -189,12 +194,28 @@ def _compared(joined: pd.DataFrame, keys: Sequence[str], options: CompareOptions
     rows["column"] = columns
     for side in "ab":
         rows[side] = _chosen(joined, columns, side)
+    _without_sign(rows)
     a, b = rows["a"].to_numpy(), rows["b"].to_numpy()
     with np.errstate(invalid="ignore"):
         rows["difference"] = np.where(a == b, 0.0, b - a)
     rows["status_a"], rows["status_b"] = joined["status_a"], joined["status_b"]
     rows["state"] = _states(rows, joined["found"])
     return rows
+
+
+def _sized(rows: pd.DataFrame) -> npt.NDArray[np.bool_]:
+    """Rows of estimates that are sizes."""
+    if ESTIMATOR not in rows:
+        return np.zeros(len(rows), dtype=np.bool_)
+    places = zip(rows[ESTIMATOR], rows["site"], strict=True)
+    return np.array([not signed(estimator, site) for estimator, site in places], dtype=np.bool_)
+
+
+def _without_sign(rows: pd.DataFrame) -> None:
+    """Take the size of both sides where one tells no more; a value on a stream keeps its sign."""
+    sized = _sized(rows) & (rows["column"] != "value").to_numpy(dtype=bool)
+    for side in "ab":
+        rows[side] = rows[side].abs().where(sized, rows[side])
 
 
 def _columns(joined: pd.DataFrame, wanted: Column | None) -> dict[str, str]:
@@ -260,23 +281,26 @@ def _smallest_effect(a: Side, b: Side) -> float:
 
 
 def _agreement(rows: pd.DataFrame, options: CompareOptions, smallest: float) -> Iterator[dict[str, Any]]:
-    """A row per metric and kind of site, in the order of the runs; of each checkpoint that both runs have."""
+    """A row per metric and kind of site, in the order of the runs; of each estimator and checkpoint of both runs."""
     along = "checkpoint" in rows and bool(rows["checkpoint"].notna().any())
-    names = ["checkpoint", "metric", "site"] if along else ["metric", "site"]
+    first = ["checkpoint"] * along + [ESTIMATOR] * (ESTIMATOR in rows)
+    names = [*first, "metric", "site"]
     if along:
         shared = rows["checkpoint"][~rows["state"].isin(["only_a", "only_b"])]
         rows = rows[rows["checkpoint"].isin(shared)]
     for place, part in rows.groupby(names, sort=False, dropna=False):
-        *checkpoint, metric, site = place
+        *told, metric, site = place
         column = str(part["column"].iloc[0])
         floor = options.floor if options.floor is not None else smallest if column == "normalized" else 0.0
         states = part["state"].value_counts()
         used = part[part["state"] == "compared"]
         found = agree(used["a"].to_numpy(), used["b"].to_numpy(), top=options.top, floor=floor)
+        if _sized(part).any():
+            found = replace(found, sign_agreement=None, sign_rows=0)
         sizes = part["difference"].abs().to_numpy()
         largest = None if np.isnan(sizes).all() else part.iloc[int(np.nanargmax(sizes))]
         yield {
-            **({"checkpoint": checkpoint[0]} if along else {}),
+            **dict(zip(first, told, strict=True)),
             "metric": metric,
             "site": site,
             "column": column,
@@ -340,5 +364,5 @@ def _agreement_table(rows: Sequence[dict[str, Any]]) -> pa.Table:
     return pa.Table.from_pylist(rows, pa.schema([(name, kinds.get(name, pa.float64())) for name in rows[0]]))
 
 
-_TEXTS = ("checkpoint", "metric", "site", "column", "max_at", "undefined")
+_TEXTS = ("checkpoint", ESTIMATOR, "metric", "site", "column", "max_at", "undefined")
 _COUNTS = ("common", "only_a", "only_b", "trivial", "no_number", "compared", "top", "sign_rows")

@@ -58,11 +58,13 @@ class Effects:
         effects: [nodes, prompts], 0 where a node is known to do nothing.
         status: [nodes, prompts] of `Status`: OK, TRIVIAL or ABSENT.
         scale: The metric on the streams.
+        sizes: [nodes], of which nodes these are sizes: normalised, they are sizes still, whichever way the metric goes.
     """
 
     effects: Floats
     status: npt.NDArray[np.int8]
     scale: Scale
+    sizes: npt.NDArray[np.bool_] | None = None
 
     @cached_property
     def present(self) -> npt.NDArray[np.bool_]:
@@ -83,12 +85,25 @@ class Effects:
     @cached_property
     def normalized(self) -> Floats | None:
         """Ratio of means: Σ effects / Σ (other − base) over the node's prompts; NaN where undefined."""
-        below = self.scale.denominators
-        if below is None:
+        totals = self._totals
+        if totals is None:
             return None
-        totals = np.where(self.present, below, 0.0).sum(1)
         usable = np.abs(totals) >= self.scale.threshold * np.maximum(self.n, 1)
-        return np.asarray(np.where(self.present, self.effects, 0.0).sum(1) / np.where(usable, totals, np.nan))
+        found = np.where(self.present, self.effects, 0.0).sum(1) / np.where(usable, totals, np.nan)
+        return np.asarray(np.where(self._turned, -found, found))
+
+    @cached_property
+    def _totals(self) -> Floats | None:
+        """Σ (other − base) over each node's prompts."""
+        below = self.scale.denominators
+        return None if below is None else np.asarray(np.where(self.present, below, 0.0).sum(1))
+
+    @cached_property
+    def _turned(self) -> npt.NDArray[np.bool_]:
+        """Sizes that a falling metric would make negative."""
+        if self.sizes is None or self._totals is None:
+            return np.zeros(len(self.effects), dtype=np.bool_)
+        return np.asarray(self.sizes & (self._totals < 0))
 
     @cached_property
     def best(self) -> Floats:
@@ -115,6 +130,7 @@ class Effects:
             chosen = None if below is None else below[prompts]
             found = estimate(self.effects[np.ix_(rows, prompts)], chosen, names[prompts].tolist(), self.scale.stats)
             low[rows], high[rows] = found.low, found.high
+        low, high = np.where(self._turned, -high, low), np.where(self._turned, -low, high)
         return np.where(np.isfinite(self.best), low, np.nan), np.where(np.isfinite(self.best), high, np.nan)
 
     def _alike(self) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]]:

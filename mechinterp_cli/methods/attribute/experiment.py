@@ -27,6 +27,7 @@ from mechinterp_cli.methods.experiment import Experiment, Setting, Tables, prepa
 from mechinterp_cli.metrics import check_prompts, find_metric
 from mechinterp_cli.models.anatomy import device_of
 from mechinterp_cli.stats import Status
+from mechinterp_cli.stats.summary import StatsOptions
 
 Floats = npt.NDArray[np.float64]
 
@@ -97,7 +98,14 @@ class AttributeExperiment(Experiment):
         if verify is not None:
             found = self._verified(bench, found, verify)
         bench.stage("working out statistics")
+        self._warn_of_few(bench)
         return self._tables(found, streams)
+
+    def _warn_of_few(self, bench: Bench) -> None:
+        count = len(self.prompts.prompts)
+        if count < StatsOptions.min_prompts:
+            few = f"{count} {'prompt is' if count == 1 else 'prompts are'} fewer than {StatsOptions.min_prompts}"
+            bench.warn(f"attribute: {few}; intervals of estimates are rough")
 
     def _streams(self, nodes: Nodes) -> dict[str, Floats]:
         """Stream to [prompts, 1, metrics], without edits."""

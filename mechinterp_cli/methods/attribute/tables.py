@@ -123,7 +123,11 @@ class Attribution:
 
     def effects(self, estimates: Estimates, metric: int) -> Effects:
         """All nodes' estimates of one metric."""
-        return Effects(estimates.values[metric], self.status, self.scales[metric])
+        return Effects(estimates.values[metric], self.status, self.scales[metric], self.sizes(estimates))
+
+    def sizes(self, estimates: Estimates) -> npt.NDArray[np.bool_] | None:
+        """[nodes], of which an estimator gives sizes; None where of none."""
+        return np.isin(self.nodes.kinds, list(estimates.signless)) if estimates.signless else None
 
     def exact_effects(self, exact: Exact, metric: int) -> Effects:
         """The chosen nodes' exact effects on one metric."""
@@ -220,7 +224,8 @@ def _part(effects: Effects, members: Sequence[int]) -> Effects:
         return effects
     scale, at = effects.scale, list(members)
     other = None if scale.other is None else scale.other[at]
-    return Effects(effects.effects[:, at], effects.status[:, at], Scale(scale.base[at], other, scale.stats))
+    part = Scale(scale.base[at], other, scale.stats)
+    return Effects(effects.effects[:, at], effects.status[:, at], part, effects.sizes)
 
 
 def _summarised(attribution: Attribution, estimates: Estimates, metric: int, members: Sequence[int]) -> dict[str, Any]:
@@ -332,13 +337,16 @@ def _numbers(
         place[attribution.exact.choice.nodes] = np.arange(len(attribution.exact.choice.nodes))
         known = place[node] >= 0
         exact[known] = attribution.exact.values[metric[known], place[node[known]], prompt[known]]
+    normalized, sizes = estimate / denominators, attribution.sizes(estimates)
+    if sizes is not None:
+        normalized = np.where(sizes[node], np.abs(normalized), normalized)
     undefined = np.isnan(denominators) & (attribution.scales[0].other is not None)
     status = np.where(undefined, int(Status.UNDEFINED), attribution.status[node, prompt]).astype(np.int8)
     return {
         "value": pa.array(base[metric, prompt] + estimate),
         "effect": pa.array(estimate),
         "estimate": pa.array(estimate),
-        "normalized": _column(estimate / denominators),
+        "normalized": _column(normalized),
         "exact": _column(exact),
         "exact_normalized": _column(exact / denominators),
         "status": look_up([Status(i).label for i in range(len(Status))], pa.string(), status),

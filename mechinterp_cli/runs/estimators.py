@@ -1,0 +1,39 @@
+"""Estimators in tables: which tell a sign, and how rows that have one stand beside rows that have none."""
+
+from collections.abc import Sequence
+
+import pandas as pd
+
+ESTIMATOR = "estimator"
+SIZED, SIGNED_KINDS = "atp_star", ("q", "k")
+"""GradDrop is a mean of magnitudes: this estimator has a sign for these kinds of sites alone."""
+
+
+def signed(estimator: str | None, site: str, kinds: Sequence[str] = ()) -> bool:
+    """Whether an estimator tells the sign of effects; what is measured (no estimator) does.
+
+    Args:
+        estimator: Which.
+        site: The kind of site, or `all`.
+        kinds: What `all` are.
+    """
+    chosen = kinds if site == "all" else (site,)
+    return estimator != SIZED or all(kind in SIGNED_KINDS for kind in chosen)
+
+
+def beside_each(a: pd.DataFrame, b: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Where the rows of one side alone are estimates, the other's stand beside each estimator.
+
+    Args:
+        a: Rows of a run.
+        b: Rows of another.
+    """
+    if ESTIMATOR in a and ESTIMATOR not in b:
+        return a, _repeated(b, a)
+    if ESTIMATOR in b and ESTIMATOR not in a:
+        return _repeated(a, b), b
+    return a, b
+
+
+def _repeated(rows: pd.DataFrame, like: pd.DataFrame) -> pd.DataFrame:
+    return rows.merge(like[[ESTIMATOR]].drop_duplicates(), how="cross")
