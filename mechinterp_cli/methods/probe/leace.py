@@ -17,14 +17,11 @@ class Eraser:
         left: [d, rank].
         right: [rank, d].
         bias: [d]: what stays where it is; the mean of the activations that it was fitted on.
-        mixed: How much of the oblique projection there is: 1, or less where the trace constraint mixed in the
-            orthogonal one.
     """
 
     left: Tensor
     right: Tensor
     bias: Tensor
-    mixed: float = 1.0
 
     @property
     def matrix(self) -> Tensor:
@@ -53,20 +50,20 @@ def fit_leace(
     *,
     shrinkage: bool = True,
     svd_tolerance: float = SVD_TOLERANCE,
-    constrain_trace: bool = True,
 ) -> Eraser:
     """LEACE (2306.03819, theorem 4.3): `r(x) = x − W⁺ P W (x − E x)`, W = (Σ_xx^{1/2})⁺, P onto the columns of W Σ_xz.
 
     Of all affine maps that leave no covariance between r(x) and z it changes x least, in the mean square, so no linear
     probe does better on r(x) than one that always says the same. Everything is float64.
 
+    That holds with shrinkage too, but not where a singular value is left in. The reference code's constraint that the
+    trace of Σ_xx must not rise is always met: it falls by `tr(P Σ_xx)`, Σ_xx being the one that W is made of.
+
     Args:
         x: [n, d] activations, n at least 2.
         z: [n, k] concept: one column per class (0 and 1), or numbers.
         shrinkage: Σ_xx is shrunk towards a multiple of the identity (`shrunk_covariance`); without, divided by n − 1.
         svd_tolerance: Singular values of W Σ_xz at or below this are left in.
-        constrain_trace: Where erasure would raise the total variance, the oblique projection is mixed with the
-            orthogonal one (along the same left singular vectors) until it does not.
     """
     x, z = x.double(), z.double()
     n = len(x)
@@ -78,10 +75,7 @@ def fit_leace(
     root, whiten = _roots(sigma)
     left, values, _ = torch.linalg.svd(whiten @ cross, full_matrices=False)
     left = left[:, values > svd_tolerance]
-    oblique = Eraser(root @ left, left.T @ whiten, middle)
-    if not constrain_trace or not left.shape[1]:
-        return oblique
-    return _within_trace(oblique, left, sigma)
+    return Eraser(root @ left, left.T @ whiten, middle)
 
 
 def orthogonal(directions: Tensor, bias: Tensor | None = None) -> Eraser:
@@ -124,21 +118,3 @@ def _roots(sigma: Tensor) -> tuple[Tensor, Tensor]:
     kept = values > values[-1] * len(sigma) * torch.finfo(sigma.dtype).eps
     values, vectors = values[kept], vectors[:, kept]
     return vectors * values.sqrt() @ vectors.T, vectors * values.rsqrt() @ vectors.T
-
-
-def _within_trace(oblique: Eraser, left: Tensor, sigma: Tensor) -> Eraser:
-    """Mix oblique P and orthogonal Q: tr((aP + (1−a)Q) Σ (…)ᵀ) = tr Σ, a quadratic in a."""
-    p = oblique.matrix
-    q = torch.eye(len(left), dtype=left.dtype, device=left.device) - left @ left.T
-    own, target = (p @ sigma @ p.T).trace(), sigma.trace()
-    if own <= target:
-        return oblique
-    both, other = (p @ sigma @ q.T).trace(), (q @ sigma @ q.T).trace()
-    a, b, c = own - 2 * both + other, 2 * (both - other), other - target
-    # a > 0, and c ≤ 0: the orthogonal projection raises no variance; so there is one root from 0 on
-    share = float(((-b + (b.square() - 4 * a * c).clamp(min=0).sqrt()) / (2 * a)).clamp(0, 1))
-    mixed = share * oblique.left @ oblique.right + (1 - share) * left @ left.T
-    u, values, vh = torch.linalg.svd(mixed)
-    rank = 2 * left.shape[1]
-    root = values[:rank].sqrt()
-    return Eraser(u[:, :rank] * root, root[:, None] * vh[:rank], oblique.bias, share)

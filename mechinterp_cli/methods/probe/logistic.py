@@ -41,6 +41,10 @@ class Tasks:
         """One set of labels, [n], for all folds, [folds, n]."""
         return Tasks(labels.expand(len(train), -1), train, classes)
 
+    def to(self, device: torch.device) -> "Tasks":
+        """On another device."""
+        return Tasks(self.labels.to(device), self.weights.to(device), self.classes)
+
     @property
     def columns(self) -> int:
         """Rows of coefficients."""
@@ -157,6 +161,7 @@ def fit_site(
         tolerance: Largest gradient, relative.
         max_steps: Of the solver.
     """
+    tasks = tasks.to(x.device)
     x, weights = x.double(), tasks.weights.double()
     every = fit_scaling(x, torch.ones_like(weights[:1]))
     scaling = fit_scaling(x, weights)

@@ -64,6 +64,7 @@ def class_moments(x: Tensor, labels: Tensor, train: Tensor, classes: int) -> Mom
         train: [folds, n], 1 for a sample that is trained on.
         classes: How many.
     """
+    labels, train = labels.to(x.device), train.to(x.device)
     x, middle = x.double() - x.double().mean(0), x.double().mean(0)
     members = torch.nn.functional.one_hot(labels, classes).T * train.double()[:, None]
     counts = members.sum(-1)

@@ -85,6 +85,7 @@ def fit_mlp(x: Tensor, labels: Tensor, train: Tensor, *, classes: int, training:
         training: How.
     """
     how = training or Training()
+    labels, train = labels.to(x.device), train.to(x.device)
     held = held_out_samples(train, how.held_out, how.seed)
     fitted = train.to(torch.float32) - held
     scalings = [fit_scaling(site.float(), fitted) for site in x]

@@ -37,7 +37,8 @@ class Scored:
 
     def accuracy(self, labels: Tensor, nested: Nested) -> float:
         """Share of samples whose held-out prediction is right."""
-        return float((self.held_out(nested) == labels).double().mean())
+        found = self.held_out(nested)
+        return float((found == labels.to(found.device)).double().mean())
 
 
 def score_classes(
@@ -63,6 +64,7 @@ def score_classes(
         tolerance: Of the solver.
         max_steps: Of the solver.
     """
+    labels = labels.to(x.device)
     masks = torch.stack([_all_masks(nested) for nested in splits])
     per_set = masks.shape[1]
     tasks = Tasks(labels.repeat_interleave(per_set, 0), masks.flatten(0, 1), classes)
@@ -100,7 +102,7 @@ def score_numbers(x: Tensor, y: Tensor, nested: Nested, penalties: Sequence[floa
     fitted = fit_ridge(x[None], y, _all_masks(nested), penalties)
     predicted = fitted.predict(x[None])[0]
     folds = len(nested.train)
-    gain = -(predicted[folds:] - y).square()
+    gain = -(predicted[folds:] - y.to(predicted.device)).square()
     best, at = _choose(gain, nested, [1 / alpha for alpha in penalties]), torch.arange(folds)
     return Scored(
         predicted[at, best], torch.empty(folds, 0, len(x)), best,
@@ -122,7 +124,7 @@ def _choose(gain: Tensor, nested: Nested, penalties: Sequence[float]) -> Tensor:
         penalties: In the order of weakness: the smallest is the strongest.
     """
     folds, inner, _ = nested.test.shape
-    tested = nested.test.double()[:, :, None]
+    tested = nested.test.to(gain)[:, :, None]
     total = (gain.view(folds, inner, len(penalties), -1) * tested).sum((1, 3))
-    order = torch.tensor(penalties).argsort()
+    order = torch.tensor(penalties, device=gain.device).argsort()
     return order[total[:, order].argmax(1)]

@@ -52,7 +52,7 @@ def fit_ridge(x: Tensor, y: Tensor, train: Tensor, penalties: Sequence[float], *
         penalties: scikit-learn's alpha, above 0.
         standardise: Scale features to variance 1 on each fold's own training samples.
     """
-    weights, targets = train.double(), y.double().expand(len(train), -1)
+    weights, targets = train.to(x.device).double(), y.to(x.device).double().expand(len(train), -1)
     alphas = torch.tensor(penalties, dtype=torch.float64, device=x.device)
     sites = [_fit_site(site.double(), targets, weights, alphas, standardise) for site in x]
     return Ridge(*(torch.stack(parts) for parts in zip(*sites, strict=True)))
@@ -95,8 +95,7 @@ def r2(predicted: Tensor, y: Tensor, mask: Tensor) -> Tensor:
         y: [n].
         mask: [folds, n]: the samples of each fold that count.
     """
-    kept = mask.to(predicted.dtype)
-    targets = y.to(predicted.dtype)
+    kept, targets = mask.to(predicted), y.to(predicted)
     mean = (kept * targets).sum(1, keepdim=True) / kept.sum(1, keepdim=True)
     total = (kept * (targets - mean).square()).sum(1)
     left = (kept[:, None] * (targets - predicted).square()).sum(-1)
