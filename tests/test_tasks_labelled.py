@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from pydantic import ValidationError
+from sklearn.model_selection import GroupKFold
 from transformers import PreTrainedTokenizerBase
 
 from mechinterp_cli.config.base import TaskOptions
@@ -325,6 +326,29 @@ def test_spans_and_words_point_to_their_characters(task: str, bos: bool, smollm2
             if task == "sentiment":
                 assert (spans["target"], spans["review"]) == (prompt.cluster, prompt.clean)
                 assert f" {spans['thing']}" in prompt.clean
+
+
+@pytest.mark.parametrize("task", ["truth", "number", "sentiment"])
+def test_spans_and_words_stand_within_a_chat(task: str, smollm2: LoadedModel) -> None:
+    tokenizer = smollm2.tokenizer
+    plain, chat = (make(task, tokenizer, n=4, chat_template=wrapped).prompts for wrapped in (False, True))
+    for bare, wrapped in zip(plain, chat, strict=True):
+        shift = wrapped.spans["target"][0] - bare.spans["target"][0]
+        assert shift > 3
+        for name in set(bare.spans) - {"end"}:
+            assert said(wrapped, name, tokenizer) == said(bare, name, tokenizer)
+        assert [w.type for w in wrapped.words] == [w.type for w in bare.words]
+        assert [tuple(i - shift for i in w.positions) for w in wrapped.words] == [w.positions for w in bare.words]
+
+
+@pytest.mark.parametrize("task", OF_CLASSES)
+def test_grouped_folds_have_both_classes_and_share_no_group(task: str) -> None:
+    examples = labelled(make(task, n=100))
+    targets, groups = examples.targets, examples.groups
+    for train, test in GroupKFold(5).split(targets, targets, groups):
+        sides = [{groups[i] for i in side} for side in (train, test)]
+        assert not sides[0] & sides[1]
+        assert all({targets[i] for i in side} == {0, 1} for side in (train, test))
 
 
 def test_examples_are_the_prompts_with_numbered_classes() -> None:
