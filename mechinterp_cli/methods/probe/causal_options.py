@@ -23,7 +23,8 @@ class CausalOptions(BaseConfig):
     positions: Positions = "last"
     """Where, as in `patch`: `last`, `all` together, `each`, or a list of positions and spans."""
     strengths: Strengths = (-4.0, -2.0, -1.0, 1.0, 2.0, 4.0)
-    """How far to steer, in standard deviations of the projections of the activations that the probe was fitted on."""
+    """How far to steer, in standard deviations of the projections of the activations that the probe was fitted on.
+    Where a metric is about each prompt's own answer, look at groups of prompts: over both labels effects cancel."""
     random_strengths: Literal["all"] | Strengths | None = None
     """At which strengths random directions are steered along, too: `all`, or some of `strengths`; by default the one
     that is largest. Each costs as much as erasing does."""

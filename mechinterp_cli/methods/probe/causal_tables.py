@@ -22,6 +22,8 @@ from mechinterp_cli.tasks.prompts import PromptSet
 Floats = npt.NDArray[np.float64]
 Row = dict[str, Any]
 Question = tuple[int, int, str, float | None, str]
+ALL = "all"
+"""The group of all prompts."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,13 +50,20 @@ class Followed:
     options: CausalOptions
     stats: StatsSection
 
-    def members(self, place: int) -> list[int]:
-        """The prompts that a place has positions in."""
-        return [i for i, positions in enumerate(self.places[place].positions) if positions]
+    @cached_property
+    def groups(self) -> tuple[str, ...]:
+        """`all`, and the groups of the prompts where there are several."""
+        named = sorted({prompt.group for prompt in self.prompts.prompts})
+        return (ALL, *named) if len(named) > 1 else (ALL,)
 
-    def effects(self, arms: Sequence[Arm], metric: int) -> Floats:
+    def members(self, place: int, group: str = ALL) -> list[int]:
+        """The prompts of a group that a place has positions in."""
+        touched = [i for i, positions in enumerate(self.places[place].positions) if positions]
+        return [i for i in touched if group in (ALL, self.prompts.prompts[i].group)]
+
+    def effects(self, arms: Sequence[Arm], metric: int, group: str = ALL) -> Floats:
         """Metric after minus before, [arms, prompts of their place]; arms of one place and stream."""
-        members = self.members(arms[0].place)
+        members = self.members(arms[0].place, group)
         before = self.swept.streams[arms[0].stream][members, 0, metric]
         after = self.swept.values[[arm.index for arm in arms]][:, members, 0, metric]
         return np.asarray(after - before)
@@ -72,19 +81,26 @@ class Followed:
         return [arm for arm in self.arms if arm.draw is None]
 
     def effect_rows(self) -> list[Row]:
-        """One row per site, place, intervention, strength, direction and metric."""
+        """One row per site, place, intervention, strength, direction, metric and group of prompts.
+
+        Where a metric has a sign of its own on every prompt (the logit difference of its own answer), steering moves
+        prompts of two labels in opposite ways, and their mean says little: groups tell them apart.
+        """
         rows: list[Row] = []
         for metric in range(len(self.metrics)):
-            beside = self._beside(metric)
-            for arm in self._named:
-                compared = beside.get(arm.index, {})
-                rows.append(self._place(arm) | self._what(arm) | self._effect(arm, metric) | compared)
+            for group in self.groups:
+                asked = [arm for arm in self._named if self.members(arm.place, group)]
+                beside = self._beside(asked, metric, group)
+                for arm in asked:
+                    row = self._place(arm) | self._what(arm) | self._effect(arm, metric, group)
+                    rows.append(row | beside.get(arm.index, {}))
         return rows
 
     def _place(self, arm: Arm) -> Row:
         site, place = self.sites[arm.site], self.places[arm.place]
         by_kv_head = site.kind in ("k", "v")
         return {
+            "probe": site.name,
             "site": site.kind,
             "layer": site.layer,
             "head": None if by_kv_head else site.unit,
@@ -106,65 +122,67 @@ class Followed:
             "spread": site.subspace(arm.direction).spread,
         }
 
-    def _effect(self, arm: Arm, metric: int) -> Row:
+    def _effect(self, arm: Arm, metric: int, group: str) -> Row:
         """The mean effect with its interval over prompts; numbers that are not finite have none."""
-        members = self.members(arm.place)
+        members = self.members(arm.place, group)
         before = self.swept.streams[arm.stream][members, 0, metric]
-        effects = self.effects([arm], metric)
-        row: Row = {"metric": self.metrics[metric], "baseline": float(before.mean()), "n": len(members)}
+        effects = self.effects([arm], metric, group)
+        row: Row = {"metric": self.metrics[metric], "group": group}
+        row |= {"baseline": float(before.mean()), "n": len(members)}
         row |= {"draws": len(self._random[arm.question]) if arm.direction == PROBE else 0}
         if not np.isfinite(effects).all():
             return row | {"effect": float("nan"), "status": "nan"}
-        found = estimate(effects, None, self._clusters(arm.place), self.stats)
+        found = estimate(effects, None, self._clusters(arm.place, group), self.stats)
         row |= {"effect": float(effects.mean()), "clusters": found.units.count, "status": "ok"}
         return row | found.ends(0, "ci_low", "ci_high")
 
-    def _clusters(self, place: int) -> list[str]:
-        return [self.prompts.prompts[i].cluster for i in self.members(place)]
+    def _clusters(self, place: int, group: str) -> list[str]:
+        return [self.prompts.prompts[i].cluster for i in self.members(place, group)]
 
-    def _beside(self, metric: int) -> dict[int, Row]:
+    def _beside(self, asked: Sequence[Arm], metric: int, group: str) -> dict[int, Row]:
         """By arm of the probe what stands beside its effect: random subspaces, and those of control labels."""
         families: dict[str, list[Arm]] = defaultdict(list)
-        for arm in self._named:
+        for arm in asked:
             random = self._random.get(arm.question, [])
-            if arm.direction == PROBE and random and np.isfinite(self.effects([arm, *random], metric)).all():
-                families[self._family(arm, metric)].append(arm)
+            if arm.direction == PROBE and random and np.isfinite(self.effects([arm, *random], metric, group)).all():
+                families[self._family(arm, metric, group)].append(arm)
         margin = self.options.margin if metric == 0 else None
         found: dict[int, Row] = {}
         for name, arms in families.items():
-            compared = family_rows([self._compared(arm, metric) for arm in arms], self.stats, margin=margin)
+            compared = family_rows([self._compared(arm, metric, group) for arm in arms], self.stats, margin=margin)
             found |= {arm.index: row | {"family": name} for arm, row in zip(arms, compared, strict=True)}
-        for arm in self._named:
+        for arm in asked:
             if arm.direction == PROBE:
-                found[arm.index] = found.get(arm.index, {}) | {"margin": margin} | self._controlled(arm, metric)
+                found[arm.index] = found.get(arm.index, {}) | {"margin": margin} | self._controlled(arm, metric, group)
         return found
 
-    def _family(self, arm: Arm, metric: int) -> str:
-        """All layers, heads, positions and strengths of one intervention are corrected together."""
-        return f"{self.metrics[metric]} {self.sites[arm.site].kind} {arm.intervention} {arm.stream}"
+    def _family(self, arm: Arm, metric: int, group: str) -> str:
+        """All layers, heads, positions and strengths of one probe's intervention are corrected together."""
+        site = self.sites[arm.site]
+        return f"{self.metrics[metric]} {site.name} {site.kind} {arm.intervention} {arm.stream} {group}"
 
-    def _compared(self, arm: Arm, metric: int) -> Beside:
+    def _compared(self, arm: Arm, metric: int, group: str) -> Beside:
         site, random = self.sites[arm.site], self._random[arm.question]
         matched = site.random_for(arm.intervention).matched
-        own, other = self.effects([arm], metric)[0], self.effects(random, metric)
-        return Beside(own, other, self._clusters(arm.place), matched)
+        own, other = self.effects([arm], metric, group)[0], self.effects(random, metric, group)
+        return Beside(own, other, self._clusters(arm.place, group), matched)
 
-    def _controlled(self, arm: Arm, metric: int) -> Row:
+    def _controlled(self, arm: Arm, metric: int, group: str) -> Row:
         """The difference from the mean effect of the subspaces of control labels."""
         controls = [other for other in self._named if other.question == arm.question and other.direction != PROBE]
         if not controls:
             return {}
-        own, other = self.effects([arm], metric), self.effects(controls, metric).mean(0)
+        own, other = self.effects([arm], metric, group), self.effects(controls, metric, group).mean(0)
         if not np.isfinite(own - other).all():
             return {}
-        found = estimate(own - other, None, self._clusters(arm.place), self.stats)
+        found = estimate(own - other, None, self._clusters(arm.place, group), self.stats)
         row: Row = {"control_effect": float(other.mean()), "control_difference": float((own - other).mean())}
         return row | found.ends(0, "control_low", "control_high")
 
     def verdict_rows(
         self, effects: Sequence[Row], readable: Mapping[int, Readability], *, score_margin: float
     ) -> list[Row]:
-        """One row per site, place, intervention and prompt that it is done to: readable? used?
+        """One row per site, place, intervention, stream that it is done to and group of prompts: readable? used?
 
         Args:
             effects: From `effect_rows`.
@@ -173,9 +191,30 @@ class Followed:
         """
         rows = []
         for arm, effect in self._judged(effects):
-            keys = ("site", "layer", "head", "kv_head", "position", "span", "template", "intervention", "strength")
-            numbers = ("stream", "metric", "effect", "difference", "difference_low", "difference_high", "p_adjusted")
-            row = {key: effect.get(key) for key in (*keys, *numbers, "margin")}
+            keys = (
+                "probe",
+                "site",
+                "layer",
+                "head",
+                "kv_head",
+                "position",
+                "span",
+                "template",
+                "intervention",
+                "strength",
+            )
+            sizes = ("size", "size_difference", "size_low", "size_high", "size_p_adjusted")
+            numbers = (
+                "stream",
+                "metric",
+                "group",
+                "effect",
+                "difference",
+                "difference_low",
+                "difference_high",
+                "p_adjusted",
+            )
+            row = {key: effect.get(key) for key in (*keys, *numbers, *sizes, "margin")}
             row |= {"used": effect.get("verdict"), **read_columns(readable.get(arm.site), score_margin)}
             rows.append(row)
         return rows
@@ -184,7 +223,8 @@ class Followed:
         """The probe's arms with their rows of the first metric; of strengths the largest with random ones beside it."""
         random = self.options.steered_at_random
         largest = max(random, key=lambda strength: (abs(strength), strength)) if random else None
-        for arm, effect in zip(self._named, effects, strict=False):
+        asked = [arm for group in self.groups for arm in self._named if self.members(arm.place, group)]
+        for arm, effect in zip(asked, effects, strict=False):  # those of the first metric come first
             if arm.direction == PROBE and arm.strength in (None, largest):
                 yield arm, effect
 

@@ -28,17 +28,17 @@ def _reals(*names: str) -> list[pa.Field]:
 
 
 _CAUSAL_PLACE = [
-    *_required("site"),
+    *_required("probe", "site"),
     *_counts("layer"),
     *_indices("head", "kv_head", "position"),
     *_texts("span", "template"),
 ]
 _CAUSAL_KEYS = (
-    *("site", "layer", "head", "kv_head", "position", "span", "template"),
+    *("probe", "site", "layer", "head", "kv_head", "position", "span", "template"),
     *("intervention", "strength", "stream", "direction", "metric"),
 )
-# One row per probed site, place, intervention, strength, named direction and metric: the mean effect over prompts, and
-# of the probe's own directions the random ones beside it.
+# One row per probed site, place, intervention, strength, named direction, metric and group of prompts: the mean effect
+# over prompts, and of the probe's own directions the random ones beside it.
 register_columns(
     "probe",
     "causal_effects",
@@ -46,18 +46,21 @@ register_columns(
         *_CAUSAL_PLACE,
         *_required("intervention"),
         *_reals("strength"),
-        *_required("stream", "direction", "metric", "status"),
+        *_required("stream", "direction", "metric", "group", "status"),
         *_counts("rank"),
         *_reals("removed", "spread", "baseline", "effect", "ci_low", "ci_high"),
         *_counts("n"),
         *_indices("clusters", "draws"),
         *_reals("random_effect", "random_low", "random_high", "difference", "difference_low", "difference_high"),
-        *_reals("control_effect", "control_difference", "control_low", "control_high", "margin", "p", "p_adjusted"),
+        *_reals("p", "p_adjusted"),
+        # Of the effects' magnitudes: prompts of two labels may be moved in opposite ways.
+        *_reals("size", "random_size", "size_difference", "size_low", "size_high", "size_p", "size_p_adjusted"),
+        *_reals("control_effect", "control_difference", "control_low", "control_high", "margin"),
         *_texts("family", "verdict"),
     ],
-    keys=_CAUSAL_KEYS,
+    keys=(*_CAUSAL_KEYS, "group"),
 )
-# One row per probed site, place and intervention: can it be read, and is it used?
+# One row per probed site, place, intervention and group of prompts: can it be read, and is it used?
 register_columns(
     "probe",
     "causal_verdicts",
@@ -65,13 +68,14 @@ register_columns(
         *_CAUSAL_PLACE,
         *_required("intervention"),
         *_reals("strength"),
-        *_required("stream", "metric"),
+        *_required("stream", "metric", "group"),
         *_reals("score", "score_p", "chance"),
         *_texts("readable"),
-        *_reals("effect", "difference", "difference_low", "difference_high", "margin", "p_adjusted"),
+        *_reals("effect", "difference", "difference_low", "difference_high", "p_adjusted"),
+        *_reals("size", "size_difference", "size_low", "size_high", "size_p_adjusted", "margin"),
         *_texts("used"),
     ],
-    keys=tuple(key for key in _CAUSAL_KEYS if key != "direction"),
+    keys=(*(key for key in _CAUSAL_KEYS if key != "direction"), "group"),
 )
 # The effect on every prompt, but of random directions.
 register_columns(
@@ -93,12 +97,12 @@ register_columns(
     "probe",
     "causal_downstream",
     [
-        *_required("erased_site"),
+        *_required("probe", "erased_site"),
         *_counts("erased_layer"),
         *_indices("erased_head"),
         *_required("site"),
         *_counts("layer"),
         *_reals("score_before", "score_after", "chance"),
     ],
-    keys=("erased_site", "erased_layer", "erased_head", "site", "layer"),
+    keys=("probe", "erased_site", "erased_layer", "erased_head", "site", "layer"),
 )

@@ -87,7 +87,12 @@ def downstream_rows(
     rows = []
     for site in _in_order(captured.before):
         scores = {"score_before": score(site, captured.before[site]), "score_after": score(site, captured.after[site])}
-        where = {"erased_site": erased.kind, "erased_layer": erased.layer, "erased_head": erased.unit}
+        where = {
+            "probe": erased.name,
+            "erased_site": erased.kind,
+            "erased_layer": erased.layer,
+            "erased_head": erased.unit,
+        }
         rows.append(where | {"site": site.kind, "layer": site.layer, **scores, "chance": (chance or {}).get(site)})
     return rows
 

@@ -135,6 +135,7 @@ class ProbedSite:
         leace: LEACE's map for the probe's labels.
         leace_removed: Share of the variance that it moves.
         random: `erase` (for `swap` too), `leace`, `steer`: the random subspaces that stand beside each.
+        name: Which probe it is; probes of one name over layers are judged together.
     """
 
     kind: str
@@ -146,6 +147,7 @@ class ProbedSite:
     leace: AffineMap | None = None
     leace_removed: float = 0.0
     random: Mapping[str, RandomSubspaces] = field(default_factory=dict)
+    name: str = PROBE
 
     @property
     def site(self) -> Site:
@@ -205,6 +207,7 @@ def probed_site(
     controls: Mapping[str, Float[Tensor, "rank features"]] | None = None,
     leace: AffineMap | None = None,
     orthogonal: bool = False,
+    name: str = PROBE,
 ) -> ProbedSite:
     """A probed site with its random subspaces, from the activations that the probe was fitted on.
 
@@ -221,6 +224,7 @@ def probed_site(
         leace: LEACE's map.
         orthogonal: Whether random subspaces are orthogonal to the probe's. They then cannot share what it has of the
             strongest directions, and may not find as much variance elsewhere.
+        name: Which probe it is.
 
     Raises:
         ValueError: Rows that are not orthonormal, or of another number of features.
@@ -239,7 +243,7 @@ def probed_site(
     if leace is not None:
         moved = cloud.moved(leace.matrix)
         random["leace"] = drawn(moved, leace.rank)
-    return ProbedSite(kind, layer, unit, cloud.mean.float(), probe, own, leace, moved, random)
+    return ProbedSite(kind, layer, unit, cloud.mean.float(), probe, own, leace, moved, random, name)
 
 
 def blank_site(

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -130,12 +131,9 @@ def orthonormal_rows(rows: Float[Tensor, "draws rank features"]) -> Float[Tensor
 
 
 def gaussians(draws: int, rank: int, features: int, seed: int) -> Float[Tensor, "draws rank features"]:
-    """Unit Gaussian numbers, float64; the first rows of a draw are the same for every rank."""
-    rows = [
-        torch.randn(draws, features, dtype=torch.float64, generator=torch.Generator().manual_seed(seed + 7919 * row))
-        for row in range(rank)
-    ]
-    return torch.stack(rows, dim=1)
+    """Unit Gaussian numbers, float64; more draws begin with the same, and higher ranks with the same rows."""
+    rows = [np.random.default_rng((seed, row)).standard_normal((draws, features)) for row in range(rank)]
+    return torch.from_numpy(np.stack(rows, axis=1))
 
 
 @dataclass(frozen=True, eq=False)
