@@ -116,7 +116,7 @@ def test_tables_that_a_run_may_lack_leave_out_their_parts() -> None:
     whole, bare = view(fake), view(fake, "baselines", "circuits", "contrasts", "positions", "words")
     assert names(whole) == ["circuits", "contrasts", "positions"]
     assert names(bare) == []
-    for words in ("faithfulness", "differ between", "prompt 0:", "2.100 without"):
+    for words in ("faithfulness", "differ between", "prompt 0:", "2.100 unedited"):
         assert words in text(whole)
         assert words not in text(bare)
     assert "strongest ablations" in text(bare)
@@ -210,7 +210,7 @@ def test_curves_of_one_metric_stand_side_by_side_on_one_scale() -> None:
 
 def test_the_curves_table_has_what_was_measured() -> None:
     shown = text(view(Fake(design="cumulative", draws=199)), 120)
-    assert "zero ablation: effect on loss (nats per token), 2.000 without" in shown
+    assert "zero ablation: effect on loss (nats per token), 2.000 unedited" in shown
     assert "heads, strongest first: 2.0 1.1 1.3" in shown
     assert cells(shown, "2") == ["2", "1.800", "[1.440, 2.070]", "0.060", "[-0.040, 0.220]", "0.0050", "yes"]
     assert "without 2.0 (zero) loss changes by +1.200 [0.960, 1.380], without as many random heads by" in shown

@@ -240,7 +240,7 @@ def test_one_k_is_a_bar() -> None:
 
 def test_the_causal_table_has_what_was_measured() -> None:
     shown = text(view(Fake(draws=20)), 120)
-    assert "induction, zero ablation: effect on repeated_loss (nats per token), 1.073 without" in shown
+    assert "induction, zero ablation: effect on repeated_loss (nats per token), 1.073 unedited" in shown
     row = next(line for line in shown.splitlines() if line.startswith("| 2 |"))
     assert [cell.strip() for cell in row.strip("|").split("|")] == [
         "2",

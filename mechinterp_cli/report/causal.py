@@ -130,9 +130,9 @@ def causal_tables(
     columns = {**_COLUMNS, **{text(row["metric"]): Column(5) for row in beside.values()}}
     for score, ablation, told in _parts(rows):
         metric = unit_of(text(told[0]["metric"]))
-        without = figure(told[0]["baseline"])
+        unedited = figure(told[0]["baseline"])
         lines = (
-            f"{_heading(score, ablation)}: effect on {metric}" + (f", {without} without" if without else ""),
+            f"{_heading(score, ablation)}: effect on {metric}" + (f", {unedited} unedited" if unedited else ""),
             # A smaller k takes the first of them.
             f"{noun}, strongest first: {text(told[-1]['heads']).replace('+', ' ')}",
         )

@@ -256,6 +256,6 @@ def trials_table(trials: Trials, baseline: str, *, count: int, width: int, plain
     ]
     if not cells:
         return None
-    lines = (f"strongest ablations: {trials.measured}" + (f", {baseline} without" if baseline else ""),)
+    lines = (f"strongest ablations: {trials.measured}" + (f", {baseline} unedited" if baseline else ""),)
     notes = trials.judged.notes("the trials of a design, value and block of units")
     return text_table(cells, _COLUMNS, lines=lines, width=width, plain=plain, notes=notes)
