@@ -151,7 +151,15 @@ def test_enough_steps_are_not_warned_of(tmp_path: Path) -> None:
     )
     noted = next(part["completeness"] for part in run.manifest["engine"]["parts"] if "completeness" in part)
     assert max(noted["conductance"].values()) <= estimating.COMPLETE
-    assert run.manifest["warnings"] == []
+    assert not [text for text in run.manifest["warnings"] if "miss" in text]
+
+
+def test_few_prompts_are_warned_of(found: Run, tmp_path: Path) -> None:
+    said = "fewer than 20; intervals of estimates are rough"
+    assert [text for text in found.manifest["warnings"] if said in text] == [f"attribute: 4 prompts are {said}"]
+    section = {"sites": [{"kind": "mlp_out", "positions": "last"}], "verify": None}
+    enough = attribute(tmp_path, section, task={"name": "induction", "n": 20, "block": 6, "prefix": 2})
+    assert not [text for text in enough.manifest["warnings"] if said in text]
 
 
 def test_kl_can_be_estimated_where_its_gradient_is_not_zero(tmp_path: Path) -> None:

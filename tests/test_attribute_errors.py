@@ -141,3 +141,20 @@ def test_neurons_of_a_mixture_of_experts_say_what_is_possible_instead(refused: R
     refused(
         config, "attribute.sites[0].kind: neuron: the MLP has no single down projection (mixture of experts)", "mlp_out"
     )
+
+
+def test_relp_without_attention_is_refused_before_other_estimators_begin(capfd: pytest.CaptureFixture[str]) -> None:
+    tiny_model("mamba", layers=2).save_pretrained("mamba")
+    shutil.copy(SYMBOLS, "mamba")
+    Path("mamba/tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    nodes = "{kind: z, layers: all, heads: each, positions: all}"
+    good = changed(GOOD, "toy-induction", "mamba", nodes, "{kind: resid_pre}")
+    Path("good.yaml").write_text(good)
+    assert main(["attribute", "good.yaml"]) == 0
+    Path("c.yaml").write_text(changed(good, ESTIMATORS, "  estimators: [atp, relp]\n"))
+    capfd.readouterr()
+    assert main(["attribute", "c.yaml"]) == 2
+    err = capfd.readouterr().err
+    assert "c.yaml:6: attribute.estimators[1]: layer 0 mixes positions without softmax attention" in err
+    assert "fix: Leave gate out of attribute.rules" in err
+    assert "estimating: atp" not in err

@@ -21,7 +21,7 @@ from mechinterp_cli.engine.gradients import EMBED
 from mechinterp_cli.engine.integrated import conductance, ig_inputs
 from mechinterp_cli.engine.plan import free_memory
 from mechinterp_cli.engine.relevance import relevance_rules
-from mechinterp_cli.errors import RunError
+from mechinterp_cli.errors import RunError, UserError
 from mechinterp_cli.methods import measure as measuring
 from mechinterp_cli.methods.attribute.nodes import Nodes
 from mechinterp_cli.methods.attribute.options import STEPPED, AttributeOptions, EstimatorName
@@ -91,6 +91,7 @@ class Estimating:
         self._means = nodes.bound.means_of(model, {*nodes.sites, EMBED}, self.members, compute=True)
         self._measurer = Measurer(setting.loaded.config.metrics, self._prompts, logits, device=device_of(model.model))
         self._batching = self._shared_out()
+        self._try_rules()
 
     def run(self) -> list[Estimates]:
         """Every estimator's estimates of every node.
@@ -114,6 +115,21 @@ class Estimating:
                 parts.append(self._bucket(name, bucket, tick))
             found.append(self._joined(name, parts))
         return found
+
+    def _try_rules(self) -> None:
+        """RelP on one prompt, before anything long begins: what its rules cannot hold on shows in a pass alone.
+
+        Raises:
+            UserError: Names the estimator.
+        """
+        if "relp" not in self.options.estimators:
+            return
+        asked = self._asked(0)
+        try:
+            self._estimator("relp")(replace(asked, tokens=asked.tokens[:1], read=asked.read[:1]))
+        except UserError as error:
+            place = ("attribute", "estimators", self.options.estimators.index("relp"))
+            raise self.setting.loaded.error(place, error.cause, error.remedy) from error
 
     def _joined(self, name: EstimatorName, parts: Sequence[Bucket]) -> Estimates:
         values = np.zeros((len(self._measurer.names), len(self.nodes), len(self._prompts)))
