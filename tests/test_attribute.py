@@ -154,6 +154,27 @@ def test_enough_steps_are_not_warned_of(tmp_path: Path) -> None:
     assert not [text for text in run.manifest["warnings"] if "miss" in text]
 
 
+def test_bfloat16_estimates_and_their_exact_effects_are_near_those_of_float32(tmp_path: Path) -> None:
+    sites = [
+        {"kind": "resid_pre", "layers": "all", "positions": "each"},
+        {"kind": "z", "layers": "all", "heads": "each", "positions": "all"},
+    ]
+    task = {"name": "induction", "n": 8, "block": 6, "prefix": 2}
+    half, full = (
+        attribute(tmp_path, {"sites": sites}, task=task, model={"id": "toy-induction", "dtype": dtype}).table("summary")
+        for dtype in ("bfloat16", "float32")
+    )
+    for site in ("resid_pre", "z"):
+        for column in ("normalized", "exact_normalized"):
+            ours, theirs = (
+                frame[(frame["site"] == site) & (frame["status"] == "ok")][column].to_numpy(dtype=float)
+                for frame in (half, full)
+            )
+            assert len(ours) >= 8
+            assert np.corrcoef(ours, theirs)[0, 1] > 0.999
+            assert 0 < np.abs(ours - theirs).max() < 0.03
+
+
 def test_few_prompts_are_warned_of(found: Run, tmp_path: Path) -> None:
     said = "fewer than 20; intervals of estimates are rough"
     assert [text for text in found.manifest["warnings"] if said in text] == [f"attribute: 4 prompts are {said}"]

@@ -9,6 +9,7 @@ import pytest
 from benchmarks.tiny import tiny_model
 from mechinterp_cli import models
 from mechinterp_cli.cli.main import main
+from mechinterp_cli.metrics import Measurer
 
 GOOD = """\
 name: bad
@@ -158,3 +159,15 @@ def test_relp_without_attention_is_refused_before_other_estimators_begin(capfd: 
     assert "c.yaml:6: attribute.estimators[1]: layer 0 mixes positions without softmax attention" in err
     assert "fix: Leave gate out of attribute.rules" in err
     assert "estimating: atp" not in err
+
+
+def test_sites_without_a_gradient_are_refused_at_their_key(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    own = Measurer.differentiable
+    monkeypatch.setattr(Measurer, "differentiable", lambda *asked: own(*asked).detach())
+    Path("c.yaml").write_text(GOOD)
+    assert main(["attribute", "c.yaml"]) == 2
+    err = capfd.readouterr().err
+    assert "c.yaml:7: attribute.sites: there is no gradient at z of layer 0, z of layer 1: the metric does not" in err
+    assert "fix: Leave these sites out, or measure their effects exactly with patch." in err

@@ -1,7 +1,8 @@
 """Running the estimators: bucket by bucket, within a budget of memory, each bucket saved as it ends."""
 
 import json
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -125,11 +126,19 @@ class Estimating:
         if "relp" not in self.options.estimators:
             return
         asked = self._asked(0)
+        self._answered("relp", replace(asked, tokens=asked.tokens[:1], read=asked.read[:1]))
+
+    def _answered(self, name: EstimatorName, asked: Inquiry) -> engine.Estimates:
+        with self._named("estimators", self.options.estimators.index(name)):
+            return self._estimator(name)(asked)
+
+    @contextmanager
+    def _named(self, *key: str | int) -> Iterator[None]:
+        """What the engine refuses is said of a key of the section."""
         try:
-            self._estimator("relp")(replace(asked, tokens=asked.tokens[:1], read=asked.read[:1]))
+            yield
         except UserError as error:
-            place = ("attribute", "estimators", self.options.estimators.index("relp"))
-            raise self.setting.loaded.error(place, error.cause, error.remedy) from error
+            raise self.setting.loaded.error(("attribute", *key), error.cause, error.remedy) from error
 
     def _joined(self, name: EstimatorName, parts: Sequence[Bucket]) -> Estimates:
         values = np.zeros((len(self._measurer.names), len(self.nodes), len(self._prompts)))
@@ -154,7 +163,7 @@ class Estimating:
             tick(work(self.options, name) * len(members))
             return saved
         asked = replace(self._asked(bucket), batching=self._batching, tick=tick)
-        found = self._estimator(name)(asked)
+        found = self._answered(name, asked)
         values = np.zeros(shape)
         for where, part in self.nodes.gather(found.by_site, members):
             values[:, where] = part
@@ -229,7 +238,8 @@ class Estimating:
             config, model = self.setting.loaded.config.engine, self.setting.model
             budget = memory_bytes(config.max_memory, free_memory(device_of(model.model)))
             longest = max(range(len(self.members)), key=lambda at: self._prompts[self.members[at][0]].length)
-            fit = batching_within(self._asked(longest), max(1, budget // 2))
+            with self._named("sites"):
+                fit = batching_within(self._asked(longest), max(1, budget // 2))
             recorded = {
                 "tokens": min(fit.tokens, settings_of(config, model).rows_per_call),
                 "checkpointing": fit.checkpointing,
