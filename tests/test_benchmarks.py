@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedTokenizerFast
 
-from benchmarks import ablate_heads, attribution, patch_sweep, sweep_prompts
+from benchmarks import ablate_heads, attribution, patch_sweep, probe_activations, sweep_prompts
 from benchmarks.patch_sweep import Hooks, Options, main, parsed, worst
 from benchmarks.sweep_cases import CASES, Sweep, make_sweep
 from benchmarks.sweep_clock import PeakMemory, Stopwatch
@@ -389,3 +389,31 @@ def test_plain_hooks_see_something_everywhere_and_leave_no_hook(model: Any, toke
 def test_a_model_of_another_shape_is_refused_by_the_hooks_of_attribution(tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(UserError, match="mlp.down_proj"):
         attribution.Hooks(tiny_model("gpt2", overrides={"vocab_size": 128}), ioi_pairs(tokenizer, 2, "early"))
+
+
+def test_a_small_capture_of_activations_writes_its_row_and_is_equal(
+    folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "r.json"
+    arguments = ["--model", folder, "--sentences", "40", "--rounds", "2", "--json", str(out)]
+    assert probe_activations.main(arguments) == 0
+    found = json.loads(out.read_text())
+    assert (found["sentences"], found["layers"], found["rounds"]) == (40, LAYERS, 2)
+    assert found["difference"] <= probe_activations.TOLERANCE
+    assert found["ratio"] == pytest.approx(found["ours_seconds"] / found["bare_seconds"])
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert len({row.count("|") for row in rows}) == 1
+    assert len(set(map(len, (text.split() for text in probe_activations.sentences(40))))) > 4
+
+
+@pytest.mark.parametrize("wrong", [0.0, 0.1, float("nan")])
+def test_one_wrong_activation_ends_with_1(folder: str, monkeypatch: pytest.MonkeyPatch, wrong: float) -> None:
+    right = probe_activations.Capture.ours
+
+    def ours(capture: probe_activations.Capture) -> torch.Tensor:
+        found = right(capture)
+        found[1, 5, 3] += wrong * found[1].abs().max()
+        return found
+
+    monkeypatch.setattr(probe_activations.Capture, "ours", ours)
+    assert probe_activations.main(["--model", folder, "--sentences", "8", "--rounds", "1"]) == int(wrong != 0)
