@@ -69,6 +69,15 @@ def row_shapes(anatomy: Anatomy, asked: Asked) -> dict[Key, tuple[int, ...]]:
     }
 
 
+def views_by_name(asked: Asked) -> dict[str, View]:
+    """Every view that is asked for anywhere."""
+    views: dict[str, View] = {}
+    for found in asked.values():
+        for view in found:
+            assert views.setdefault(view.name, view) == view, f"two views are called {view.name}"
+    return views
+
+
 @torch.no_grad()
 def gather(
     model: nn.Module,
@@ -105,7 +114,7 @@ def gather(
     assert all(rows[key].shape == shape for key, shape in shapes.items())
     if not asked:
         return rows
-    views = {view.name: _ByPrompt.of(view) for found in asked.values() for view in found}
+    views = {name: _ByPrompt.of(view) for name, view in views_by_name(asked).items()}
     limit = tokens_per_pass or (TOKENS_PER_PASS if device_of(model).type != "cpu" else CPU_TOKENS_PER_PASS)
     passes = _passes(tokens, sorted({prompt for view in views.values() for prompt in view.examples}), limit)
     done, total = 0, sum(map(len, passes))

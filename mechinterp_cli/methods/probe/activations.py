@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mechinterp_cli.engine.activations import Asked, Key, gather, row_shapes
+from mechinterp_cli.engine.activations import Asked, Key, gather, row_shapes, views_by_name
 from mechinterp_cli.engine.edits import Site
 from mechinterp_cli.models.fingerprint import fingerprint
 from mechinterp_cli.models.loaded import LoadedModel
@@ -112,14 +112,14 @@ class Source:
         if known is None:
             return None
         key = _hash({**known, "tokens": self.tokens, "finite": self.finite, "version": _VERSION})
-        return {site: self._file(key, site) for site in self.asked}
+        views = {name: _hash([view.prompts, view.positions]) for name, view in views_by_name(self.asked).items()}
+        return {site: self._file(key, site, views) for site in self.asked}
 
-    def _file(self, key: str, site: Site) -> ArrayFile:
-        views, layer = self.asked[site], self.model.anatomy.layers[site.layer]
-        plain = [[view.name, view.prompts, view.positions] for view in views]
-        shapes = row_shapes(self.model.anatomy, {site: views})
-        name = _hash([key, site.kind, site.layer, layer.module, plain])
-        return ArrayFile(name, {view.name: shapes[site, view.name] for view in views})
+    def _file(self, key: str, site: Site, hashes: Mapping[str, str]) -> ArrayFile:
+        shapes = row_shapes(self.model.anatomy, {site: self.asked[site]})
+        views = [[name, hashes[name]] for _, name in shapes]
+        name = _hash([key, site.kind, site.layer, self.model.anatomy.layers[site.layer].module, views])
+        return ArrayFile(name, {view: shape for (_, view), shape in shapes.items()})
 
 
 def _hash(content: object) -> str:

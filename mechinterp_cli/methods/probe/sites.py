@@ -10,7 +10,6 @@ from mechinterp_cli.config.base import BaseConfig
 from mechinterp_cli.config.types import Index
 from mechinterp_cli.engine.activations import View
 from mechinterp_cli.engine.edits import Site
-from mechinterp_cli.errors import UserError
 from mechinterp_cli.methods.places import Binder, KeyPath, Spot
 from mechinterp_cli.methods.specs import Place
 from mechinterp_cli.models.kinds import HEAD_KINDS
@@ -198,7 +197,5 @@ def asked_of(found: Sequence[Reading]) -> dict[Site, list[View]]:
     """Which views are asked for at each site, each once."""
     asked: dict[Site, dict[str, View]] = {}
     for reading in found:
-        views = asked.setdefault(reading.site, {})
-        if views.setdefault(reading.view.name, reading.view) != reading.view:
-            raise UserError(f"probe.sites: two different positions are called {reading.view.name!r}")
+        asked.setdefault(reading.site, {})[reading.view.name] = reading.view
     return {site: list(views.values()) for site, views in asked.items()}
