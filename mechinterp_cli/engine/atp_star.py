@@ -131,9 +131,10 @@ def _added_by(anatomy: Anatomy, layer: int) -> frozenset[Site]:
     for kind in ("attn_out", "mlp_out"):
         reason = anatomy.layers[layer].missing.get(kind)
         if reason is not None:
+            others = ", or sites q and k alone" if any("pattern" in one.sites for one in anatomy.layers) else ""
             raise UserError(
                 f"atp_star: GradDrop leaves out what layer {layer} adds, and it has no {kind}: {reason}",
-                "Use atp, or sites q and k alone.",
+                f"Use atp{others}.",
             )
     return frozenset({Site("attn_out", layer), Site("mlp_out", layer)})
 
