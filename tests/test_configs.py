@@ -88,7 +88,8 @@ def test_config_has_a_plan(path: Path, run: Main) -> None:
         assert plan["heads"] > 0
         plan = plan.get("ablations", {"trials": 1, "computed": 1, "units": 1})
     elif kind == "attribute":
-        assert plan["asked"] == [part for part in ("sites", "direct", "lens", "inputs") if f"\n  {part}:" in path.read_text()]
+        parts = ("sites", "direct", "lens", "inputs")
+        assert plan["asked"] == [part for part in parts if f"\n  {part}:" in path.read_text()]
         plan = plan.get("exact", plan.get("inputs", {}).get("occlusion", {"trials": 1, "computed": 1, "units": 1}))
     assert plan["trials"] > 0
     assert plan["computed"] > 0
