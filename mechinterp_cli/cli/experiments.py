@@ -1,4 +1,4 @@
-"""`mechinterp patch`, `ablate`, `heads`, `attribute`: the commands that run an experiment; all have the same options."""
+"""`mechinterp patch`, `ablate`, `heads`, ...: the commands that run an experiment; all have the same options."""
 
 from collections.abc import Callable
 
