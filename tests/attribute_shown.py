@@ -33,6 +33,7 @@ def text(shown: AttributeView, width: int = 100, *, plain: bool = True) -> str:
         width=width,
         force_terminal=not plain,
         color_system=colours,
+        no_color=plain,  # whatever the environment says
         markup=False,
         emoji=False,
         highlight=False,

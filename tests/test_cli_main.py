@@ -171,7 +171,19 @@ def test_bad_command_lines_end_with_code_2(
 
 
 COMMANDS = [
-    *(["patch"], ["ablate"], ["heads"], ["resume"], ["reproduce"], ["show"], ["compare"], ["runs"], ["verify"]),
+    *(
+        ["patch"],
+        ["ablate"],
+        ["attribute"],
+        ["heads"],
+        ["probe"],
+        ["resume"],
+        ["reproduce"],
+        ["show"],
+        ["compare"],
+        ["runs"],
+        ["verify"],
+    ),
     *(["models"], ["models", "fetch"], ["schema"]),
 ]
 

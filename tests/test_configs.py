@@ -91,6 +91,9 @@ def test_config_has_a_plan(path: Path, run: Main) -> None:
         parts = ("sites", "direct", "lens", "inputs")
         assert plan["asked"] == [part for part in parts if f"\n  {part}:" in path.read_text()]
         plan = plan.get("exact", plan.get("inputs", {}).get("occlusion", {"trials": 1, "computed": 1, "units": 1}))
+    elif kind == "probe":
+        assert plan["probes"] > 0
+        plan = {"trials": plan["samples"], "computed": plan["activation_bytes"], "units": 1}
     assert plan["trials"] > 0
     assert plan["computed"] > 0
     assert plan["units"] > 0
@@ -285,6 +288,19 @@ def test_the_configs_of_attribute_on_the_real_model_run(
     assert {table for table in tables if f"`{table}" not in readme} == set()
 
 
+@pytest.mark.usefixtures("fetched")
+@pytest.mark.parametrize(("name", "pictures", "tables"), [("probe-toy", 2, {"code"}), ("probe-number", 1, set[str]())])
+def test_the_configs_of_probe_leave_whole_run_directories(
+    tmp_path: Path, run: Main, name: str, pictures: int, tables: set[str]
+) -> None:
+    source = ROOT / "configs" / f"{name}.yaml"
+    few = ["--set", "probe.folds=2", "--set", "probe.inner_folds=2", "--set", "probe.penalties=[0.01, 1.0]"]
+    folder = run_config(run, source, tmp_path / "runs", *few, "--set", "task.n=8")
+    check_files(folder, source, pictures, {f"{table}.parquet" for table in tables | {"prompts", "probes", "labels"}})
+    readme = (ROOT / "README.md").read_text()
+    assert {table for table in tables | {"probes", "labels"} if f"`{table}" not in readme} == set()
+
+
 def test_every_config_is_run_here_and_listed_in_the_readme() -> None:
     readme = (ROOT / "README.md").read_text()
     assert {path.stem for path in CONFIGS} == {
@@ -293,6 +309,7 @@ def test_every_config_is_run_here_and_listed_in_the_readme() -> None:
         "attribute-direct", "attribute-estimators", "attribute-ioi", "attribute-lens", "attribute-relp",
         "attribute-tokens", "attribute-tokens-corrupt", "attribute-toy",
         "heads-ioi", "heads-smollm2", "heads-toy",
+        "probe-number", "probe-toy",
         "patch-facts-tracing", "patch-induction-toy", "patch-ioi", "patch-ioi-heads",
     }  # fmt: skip
     assert all(f"(configs/{path.name})" in readme for path in CONFIGS)
@@ -414,11 +431,11 @@ def parse(arguments: list[str]) -> None:
 def test_commands_in_documents_parse(document: Path, asked: list[str]) -> None:
     found = list(commands(document.read_text()))
     for arguments in found:
-        if arguments[0] in ("patch", "heads", "ablate", "attribute", "models", "schema"):
+        if arguments[0] in ("patch", "heads", "ablate", "attribute", "probe", "models", "schema"):
             assert main(arguments) == 0, arguments
         else:
             parse(arguments)
-    methods = ("patch", "heads", "ablate", "attribute")
+    methods = ("patch", "heads", "ablate", "attribute", "probe")
     assert len(asked) == sum(arguments[0] in methods or "fetch" in arguments for arguments in found)
     assert document.name != "README.md" or document.parent != ROOT or "patch-ioi.yaml" in asked
 

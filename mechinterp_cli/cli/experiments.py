@@ -39,6 +39,15 @@ EXPERIMENTS = {
 
     Example: mechinterp attribute configs/attribute-ioi.yaml --out runs
     """,
+    "probe": """Fit probes to activations, and set their scores beside honest baselines.
+
+    Nested cross-validation over labelled texts or words, at every layer; beside it the majority class, the tokens
+    alone, random weights, control labels.
+
+    Prints the run directory's path on stdout; pictures and messages go to stderr.
+
+    Example: mechinterp probe configs/probe-toy.yaml --out runs
+    """,
 }
 """Subcommand to its help."""
 

@@ -16,6 +16,7 @@ from mechinterp_cli.report.attribute import TABLES as ATTRIBUTE_TABLES
 from mechinterp_cli.report.attribute import attribute_view
 from mechinterp_cli.report.heads import heads_view
 from mechinterp_cli.report.patch import patch_view
+from mechinterp_cli.report.probe import probe_view
 from mechinterp_cli.report.shapes import Picture
 from mechinterp_cli.runs.directory import find_run
 from mechinterp_cli.runs.manifest import Manifest
@@ -60,6 +61,7 @@ VIEWS: Mapping[str, ViewSource] = {
     "heads": ViewSource(heads_view, needs=("scores",), uses=("patterns", "prompts", "causal", "summary", "baselines")),
     "ablate": ViewSource(ablate_view, needs=("summary", "prompts"), uses=_ABLATE),
     "attribute": ViewSource(attribute_view, needs=("prompts",), uses=ATTRIBUTE_TABLES),
+    "probe": ViewSource(probe_view, needs=("probes",)),
 }
 """By subcommand."""
 

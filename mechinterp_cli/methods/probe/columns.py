@@ -106,3 +106,44 @@ register_columns(
     ],
     keys=("probe", "erased_site", "erased_layer", "erased_head", "site", "layer"),
 )
+_PLACE = [
+    *_texts("label", "site"),
+    *_indices("layer", "head", "kv_head", "position"),
+    *_texts("span", "template"),
+    *_required("view"),
+]
+_PLACE_KEYS = ("site", "layer", "head", "kv_head", "view")
+# One row per place, probe and kind of labels over all held-out samples; then by fold, in training and in test.
+# Baselines that know no site (majority, bag) have none.
+register_columns(
+    "probe",
+    "probes",
+    [
+        *_PLACE,
+        *_texts("probe"),
+        *_required("target", "split", "measure"),
+        *_texts("baseline"),
+        *_indices("fold"),
+        *_reals("penalty"),
+        *_indices("n_train"),
+        *_counts("n"),
+        *_reals("score", "ci_low", "ci_high", "selectivity"),
+        *_indices("unconverged"),
+    ],
+    keys=(*_PLACE_KEYS, "probe", "target", "baseline", "split", "fold"),
+)
+# Online code length of the labels, in bits.
+register_columns("probe", "code", [*_PLACE, *_reals("bits", "uniform", "compression")], keys=_PLACE_KEYS)
+# What every text or word is labelled with.
+register_columns(
+    "probe",
+    "labels",
+    [
+        *_counts("prompt"),
+        *_indices("word"),
+        *_texts("positions", "word_type", "class"),
+        *_reals("target"),
+        *_texts("group", "factor"),
+    ],
+    keys=("prompt", "word"),
+)

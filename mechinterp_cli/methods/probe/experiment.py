@@ -1,0 +1,231 @@
+"""`probe` on one model: activations in one pass, probes of all of them, and what their scores are set beside."""
+
+import json
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from typing import Any
+
+from torch import Tensor
+
+from mechinterp_cli.config.schema import memory_bytes
+from mechinterp_cli.engine.activations import feature_shape
+from mechinterp_cli.engine.plan import free_memory
+from mechinterp_cli.errors import UserError
+from mechinterp_cli.methods.bench import Bench
+from mechinterp_cli.methods.experiment import Experiment, Setting, Tables, prepares
+from mechinterp_cli.methods.places import Binder
+from mechinterp_cli.methods.probe.activations import Activations, Keeping, Source, activations
+from mechinterp_cli.methods.probe.honesty import leak_warnings
+from mechinterp_cli.methods.probe.options import OF_NUMBERS, ProbeName, ProbeOptions
+from mechinterp_cli.methods.probe.readout import Readout, Row, bags, control_problem
+from mechinterp_cli.methods.probe.scoring import Problem
+from mechinterp_cli.methods.probe.sites import Reading, asked_of, readings
+from mechinterp_cli.models.anatomy import device_of
+from mechinterp_cli.models.loaded import LoadedModel
+from mechinterp_cli.models.random_twin import random_twin
+from mechinterp_cli.tasks.labelled import LabelledSet, label_rows, labelled
+
+MEMORY_SHARE = 0.5
+"""Of the budget, for activations; the rest is for fitting."""
+
+
+class ProbeExperiment(Experiment):
+    """A probing experiment: everything is checked, nothing is computed.
+
+    Args:
+        setting: Config, model, prompts.
+        options: The section.
+        examples: The prompts as labelled examples.
+        readouts: Every place with its labels and folds.
+        names: The probes.
+    """
+
+    def __init__(
+        self,
+        setting: Setting,
+        options: ProbeOptions,
+        examples: LabelledSet,
+        readouts: Sequence[Readout],
+        names: Sequence[ProbeName],
+    ) -> None:
+        super().__init__(setting)
+        self.options = options
+        self.examples = examples
+        self.readouts = readouts
+        self.names = names
+
+    def seeds(self) -> dict[str, int]:
+        """Of folds, control labels, random weights."""
+        return {"probe": self.options.seed}
+
+    def display(self) -> dict[str, str]:
+        """The task, and what scores are."""
+        what = "R²" if self.examples.classes is None else "Accuracy"
+        return {"title": f"probes, {self.prompts.task}", "scale": f"{what} on samples that a probe was not fitted on."}
+
+    def facts(self) -> dict[str, Any]:
+        """How many samples there are, and of which classes."""
+        return {"samples": len(self.examples.targets), "classes": self.examples.classes}
+
+    def compute(self, bench: Bench) -> Tables:
+        """Read, fit, set beside."""
+        for warning in self._leaks():
+            bench.warn(warning)
+        bench.stage("reading activations")
+        found = self._activations(self.model, bench)
+        bench.stage("fitting probes")
+        rows: list[Row] = []
+        codes: list[Row] = []
+        for number, readout in enumerate(self.readouts):
+            bench.progress.advance(number, len(self.readouts))
+            x = self._x(found, readout.reading)
+            rows += [self._place(readout.reading) | row for row in readout.rows(self.names, x)]
+            if self.options.code_length:
+                codes.append(self._place(readout.reading) | readout.code(x))
+        rows += self._baselines(bench)
+        tables: dict[str, Any] = {"probes": rows, "labels": list(map(_plain, label_rows(self.examples)))}
+        self._warn_unconverged(bench, rows)
+        return tables | ({"code": codes} if codes else {})
+
+    def _activations(self, model: LoadedModel, bench: Bench) -> Activations:
+        engine = self.loaded.config.engine
+        budget = memory_bytes(engine.max_memory, free_memory(device_of(self.model.model)))
+        source = Source(
+            model,
+            tuple(prompt.clean_tokens for prompt in self.prompts.prompts),
+            asked_of([readout.reading for readout in self.readouts]),
+            finite=engine.on_nan == "error",
+            tick=bench.progress.advance,
+        )
+        return activations(source, Keeping(self.options.cache, int(MEMORY_SHARE * budget)), say=bench.warn)
+
+    def _x(self, found: Activations, reading: Reading) -> Tensor:
+        return found.at(reading.site, reading.head, reading.view.name)
+
+    def _baselines(self, bench: Bench) -> list[Row]:
+        """Majority and tokens once for each view, random weights at every place."""
+        asked, name, rows = self.options.baselines, self.names[0], list[Row]()
+        for readout in {readout.reading.view.name: readout for readout in self.readouts}.values():
+            place = {"view": readout.reading.view.name, "label": readout.reading.view.name}
+            if "majority" in asked:
+                rows.append(place | readout.majority())
+            if "bag" in asked:
+                rows.append(place | readout.beside(name, "bag", bags(list(self._before(readout.reading)))))
+        if "random_weights" in asked:
+            bench.stage("the same model with random weights")
+            found = self._activations(random_twin(self.model, self.options.seed), bench)
+            for readout in self.readouts:
+                row = readout.beside(name, "random_weights", self._x(found, readout.reading))
+                rows.append(self._place(readout.reading) | row)
+        return rows
+
+    def _before(self, reading: Reading) -> Iterator[tuple[int, ...]]:
+        """Of every sample the tokens up to where the probe reads."""
+        for prompt, positions in zip(reading.view.prompts, reading.view.positions, strict=True):
+            yield self.prompts.prompts[prompt].clean_tokens[: max(positions) + 1]
+
+    def _place(self, reading: Reading) -> Row:
+        shared = reading.site.kind in ("k", "v")
+        return {
+            "label": reading.label,
+            "site": reading.site.kind,
+            "layer": reading.site.layer,
+            "head": None if shared else reading.head,
+            "kv_head": reading.head if shared else None,
+            "position": reading.position,
+            "span": reading.span,
+            "template": reading.template,
+            "view": reading.view.name,
+        }
+
+    def _leaks(self) -> list[str]:
+        """Texts or groups on both sides of a split."""
+        found: dict[str, None] = {}
+        for readout in self._by_samples:
+            texts = [self.prompts.prompts[i].clean for i in readout.reading.view.prompts]
+            if not self.examples.per_word:
+                found |= dict.fromkeys(leak_warnings(texts, readout.problem.groups, readout.problem.nested.outer))
+        return list(found)
+
+    @cached_property
+    def _by_samples(self) -> Sequence[Readout]:
+        """One readout for each choice of samples."""
+        return list({readout.reading.examples: readout for readout in self.readouts}.values())
+
+    def _warn_unconverged(self, bench: Bench, rows: Sequence[Row]) -> None:
+        if count := sum(row.get("unconverged") or 0 for row in rows):
+            bench.warn(f"{count} fits stopped before their optimum: leave out the weakest penalties")
+
+    def plan(self) -> dict[str, Any]:
+        """Probes, samples and the bytes of their activations."""
+        anatomy = self.model.anatomy
+        features = [feature_shape(anatomy, readout.reading.site) for readout in self.readouts]
+        numbers = sum(len(r.reading.view) * f[-1] for r, f in zip(self.readouts, features, strict=True))
+        return {
+            "probes": len(self.readouts) * len(self.names),
+            "samples": len(self.examples.targets),
+            "activation_bytes": 4 * numbers,
+        }
+
+
+@prepares(ProbeOptions)
+def prepare(options: ProbeOptions, setting: Setting) -> ProbeExperiment:
+    """Check labels, places and folds before any forward pass.
+
+    Raises:
+        UserError: A task without labels, a place that is not there, a probe that does not fit the labels, or samples
+            that cannot be split; names the key.
+    """
+    loaded = setting.loaded
+    try:
+        examples = labelled(setting.prompts)
+    except UserError as error:
+        raise loaded.error(("task",), error.cause, error.remedy) from error
+    names = _names(options, setting, examples)
+    binder = Binder(loaded, "probe", setting.model.anatomy, setting.prompts)
+    found = readings(binder, options.sites)
+    problems: dict[tuple[int, ...], tuple[Problem, Problem | None]] = {}
+    readouts = []
+    for reading in found:
+        if reading.examples not in problems:
+            problems[reading.examples] = _problems(options, setting, examples, reading)
+        problem, control = problems[reading.examples]
+        readouts.append(Readout(reading, problem, control, options, loaded.config.stats))
+    return ProbeExperiment(setting, options, examples, readouts, names)
+
+
+def _names(options: ProbeOptions, setting: Setting, examples: LabelledSet) -> tuple[ProbeName, ...]:
+    numbers = examples.classes is None
+    names: tuple[ProbeName, ...] = options.probes or (("ridge",) if numbers else ("logistic",))
+    for place, name in enumerate(names):
+        if (name in OF_NUMBERS) != numbers:
+            what = "numbers" if numbers else "classes"
+            remedy = "Use ridge." if numbers else "Use logistic, mass_mean, lda or mlp."
+            raise setting.loaded.error(("probe", "probes", place), f"{name}: labels are {what}", remedy)
+    if options.code_length and numbers:
+        problem = "code length is of classes, and labels are numbers"
+        raise setting.loaded.error(("probe", "code_length"), problem, "Leave it out.")
+    return names
+
+
+def _problems(
+    options: ProbeOptions, setting: Setting, examples: LabelledSet, reading: Reading
+) -> tuple[Problem, Problem | None]:
+    """Labels and folds of a reading's samples, and their control labels where words are labelled."""
+    targets, groups, types = examples.targets, examples.groups, examples.word_types
+    classes = None if examples.classes is None else len(examples.classes)
+    own = reading.examples
+    try:
+        problem = Problem.of([targets[i] for i in own], classes, [groups[i] for i in own], options)
+    except UserError as error:
+        key = "inner_folds" if "inner_folds" in error.cause else "folds"
+        cause = error.cause.split(": ", 1)[-1]
+        raise setting.loaded.error(("probe", key), cause, error.remedy) from error
+    if not options.control or not types or classes is None:
+        return problem, None
+    return problem, control_problem(problem, [types[i] for i in own], options)
+
+
+def _plain(row: Row) -> Row:
+    """A label's row with its positions as JSON, which a CSV file can hold too."""
+    return row | {"positions": None if row["positions"] is None else json.dumps(row["positions"])}
