@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import pandas as pd
 from rich.console import Console
+from rich.segment import Segment
 
 from mechinterp_cli.report.attribute import AttributeView
 from mechinterp_cli.report.picture import Drawing
@@ -33,7 +34,6 @@ def text(shown: AttributeView, width: int = 100, *, plain: bool = True) -> str:
         width=width,
         force_terminal=not plain,
         color_system=colours,
-        no_color=plain,  # whatever the environment says
         markup=False,
         emoji=False,
         highlight=False,
@@ -41,6 +41,23 @@ def text(shown: AttributeView, width: int = 100, *, plain: bool = True) -> str:
     for part in shown.draw(width, plain):
         console.print(part)
     return file.getvalue()
+
+
+def coloured(shown: AttributeView, width: int) -> str:
+    """What a colour terminal shows, each ground's code before what is written on it.
+
+    Rich's own codes are those of whichever terminal saw a style first, so they are written here from the styles.
+    """
+    console = Console(width=width)
+    return "".join(_ground(part) for row in shown.draw(width, False) for part in console.render(row))
+
+
+def _ground(part: Segment) -> str:
+    colour = part.style.bgcolor if part.style is not None else None
+    if colour is None:
+        return part.text
+    seen = colour.get_truecolor()
+    return f"48;2;{seen.red};{seen.green};{seen.blue}m{part.text}"
 
 
 def unbroken(shown: str) -> str:

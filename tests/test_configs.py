@@ -295,7 +295,7 @@ def test_the_configs_of_probe_leave_whole_run_directories(
 ) -> None:
     source = ROOT / "configs" / f"{name}.yaml"
     few = ["--set", "probe.folds=2", "--set", "probe.inner_folds=2", "--set", "probe.penalties=[0.01, 1.0]"]
-    folder = run_config(run, source, tmp_path / "runs", *few, "--set", "task.n=8")
+    folder = run_config(run, source, tmp_path / "runs", *few, "--set", "task.n=24")
     check_files(folder, source, pictures, {f"{table}.parquet" for table in tables | {"prompts", "probes", "labels"}})
     readme = (ROOT / "README.md").read_text()
     assert {table for table in tables | {"probes", "labels"} if f"`{table}" not in readme} == set()

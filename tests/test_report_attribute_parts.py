@@ -14,7 +14,7 @@ from mechinterp_cli.report.rows import having
 from mechinterp_cli.report.token_page import token_page
 from mechinterp_cli.report.tokens import MAX_LINES, PER_LINE, short, token_lines
 from tests.attribute_frames import WORDS, Fake, frame, records
-from tests.attribute_shown import HOSTILE, cells, data, names, specs, text, title_of, unbroken, view
+from tests.attribute_shown import HOSTILE, cells, coloured, data, names, specs, text, title_of, unbroken, view
 
 LENS = Fake(blocks=(), lens=("resid_post",))
 TOKENS = Fake(blocks=(), inputs=("gradient_x_input", "integrated_gradients", "occlusion", "rollout"))
@@ -54,12 +54,12 @@ def test_a_narrow_terminal_keeps_the_last_positions_and_says_so() -> None:
 def test_colours_stand_for_probabilities_and_plain_terminals_get_numbers() -> None:
     shown = view(LENS)
     assert "_Mary 75" in text(shown, 100)
-    coloured = text(shown, 100, plain=False)
-    assert "·Mary " in coloured
-    assert "·Mary 75" not in coloured
+    seen = coloured(shown, 100)
+    assert "·Mary " in seen
+    assert "·Mary 75" not in seen
     # White to the blue of the picture: 0.75 and 0.25 of the way.
-    assert "48;2;88;140;193m" in coloured
-    assert "48;2;200;217;234m" in coloured
+    assert "48;2;88;140;193m" in seen
+    assert "48;2;200;217;234m" in seen
 
 
 def test_at_one_position_the_columns_are_ranks() -> None:
@@ -212,7 +212,7 @@ def test_plain_terminals_get_the_number_below_each_token() -> None:
 
 
 def test_coloured_terminals_get_tokens_in_the_two_colours() -> None:
-    shown = text(view(replace(TOKENS, prompts=1)), 200, plain=False)
+    shown = coloured(view(replace(TOKENS, prompts=1)), 200)
     assert "48;2;33;102;172m·John" in shown
     red = re.search(r"48;2;(\d+);(\d+);(\d+)m·John", shown.split("·store")[0])
     assert red is not None
