@@ -289,7 +289,9 @@ def test_the_configs_of_attribute_on_the_real_model_run(
 
 
 @pytest.mark.usefixtures("fetched")
-@pytest.mark.parametrize(("name", "pictures", "tables"), [("probe-toy", 2, {"code"}), ("probe-number", 1, set[str]())])
+@pytest.mark.parametrize(
+    ("name", "pictures", "tables"), [("probe-toy", 2, {"code", "projections"}), ("probe-number", 1, {"projections"})]
+)
 def test_the_configs_of_probe_leave_whole_run_directories(
     tmp_path: Path, run: Main, name: str, pictures: int, tables: set[str]
 ) -> None:

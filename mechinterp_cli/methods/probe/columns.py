@@ -147,3 +147,11 @@ register_columns(
     ],
     keys=("prompt", "word"),
 )
+# Of the best places: how far each sample lies from the boundary of the probe that was not fitted on it, above 0 on the
+# side of the second class, in standard deviations of the projections of the samples that the probe was fitted on.
+register_columns(
+    "probe",
+    "projections",
+    [*_PLACE, *_required("probe"), *_counts("prompt"), *_indices("word"), *_required("class"), *_reals("projection")],
+    keys=(*_PLACE_KEYS, "probe", "prompt", "word"),
+)

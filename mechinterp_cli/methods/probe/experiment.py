@@ -17,6 +17,7 @@ from mechinterp_cli.methods.places import Binder
 from mechinterp_cli.methods.probe.activations import Activations, Keeping, Source, activations
 from mechinterp_cli.methods.probe.honesty import leak_warnings
 from mechinterp_cli.methods.probe.options import OF_NUMBERS, ProbeName, ProbeOptions
+from mechinterp_cli.methods.probe.projections import projection_rows
 from mechinterp_cli.methods.probe.readout import Readout, Row, bags, control_problem
 from mechinterp_cli.methods.probe.scoring import Problem
 from mechinterp_cli.methods.probe.sites import Reading, asked_of, readings
@@ -83,7 +84,11 @@ class ProbeExperiment(Experiment):
             if self.options.code_length:
                 codes.append(self._place(readout.reading) | readout.code(x))
         rows += self._baselines(bench)
-        tables: dict[str, Any] = {"probes": rows, "labels": list(map(_plain, label_rows(self.examples)))}
+        labels = list(map(_plain, label_rows(self.examples)))
+        tables: dict[str, Any] = {"probes": rows, "labels": labels}
+        bench.stage("projections of held-out samples")
+        along = projection_rows(self.readouts, rows, labels, lambda reading: self._x(found, reading), self._place)
+        tables |= {"projections": along} if along else {}
         self._warn_unconverged(bench, rows)
         return tables | ({"code": codes} if codes else {})
 
