@@ -1,12 +1,13 @@
 """Prompts that a user gives, inline or in a file: one model for both, from which drafts are made."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Annotated
 
 from pydantic import Field
 
 from mechinterp_cli.config.base import BaseConfig
-from mechinterp_cli.config.types import Index, Text
+from mechinterp_cli.config.types import Index, Number, Text
 from mechinterp_cli.errors import UserError
 from mechinterp_cli.tasks.draft import Answers, Draft, finish
 from mechinterp_cli.tasks.draw import Draw
@@ -37,6 +38,8 @@ class PromptItem(BaseConfig):
     """Prompts that are not independent of each other share it; else those of one template do, else none do."""
     template: str = ""
     """Prompts of one template have the same parts at the same positions."""
+    label: Text | Number | None = None
+    """For probes: a class where it is text, else a number."""
     spans: dict[Text, SpanField] = {}
     """Span name to a text that occurs once in `clean`, or to characters [start, end]."""
 
@@ -52,13 +55,14 @@ def build_items(items: Sequence[tuple[str, PromptItem]], options: CommonOptions,
         encoder: The tokenizer and the model's limits.
 
     Raises:
-        UserError: As in `finish`, and when there are fewer than `n`.
+        UserError: As in `finish`, when there are fewer than `n`, and when some labels are numbers and some are not.
     """
+    _check_labels(items)
     first: dict[tuple[object, ...], str] = {}
     prompts: list[Prompt] = []
     dropped: list[Dropped] = []
     for index, (where, item) in enumerate(items):
-        prompt = finish(_draft(index, where, item), encoder, options)
+        prompt = replace(finish(_draft(index, where, item), encoder, options), label=item.label)
         key = _identity(prompt)
         if key in first:
             dropped.append(Dropped(prompt.clean, f"{where} repeats {first[key]}"))
@@ -68,9 +72,17 @@ def build_items(items: Sequence[tuple[str, PromptItem]], options: CommonOptions,
     return Built(sampled(prompts, options), dropped)
 
 
+def _check_labels(items: Sequence[tuple[str, PromptItem]]) -> None:
+    kinds = {isinstance(item.label, str): (where, item.label) for where, item in items if item.label is not None}
+    if len(kinds) > 1:
+        (text, name), (other, number) = kinds[True], kinds[False]
+        cause = f"{text}: label {name!r} is a class, and {number!r} of {other} is a number"
+        raise UserError(cause, "Write all labels as text, or all as numbers.")
+
+
 def _identity(prompt: Prompt) -> tuple[object, ...]:
-    """What makes a prompt the same as another: its text and what is asked of it."""
-    return prompt.clean, prompt.corrupt, prompt.answer, prompt.wrong_answer
+    """What makes a prompt the same as another: its text, what is asked of it, and its label."""
+    return prompt.clean, prompt.corrupt, prompt.answer, prompt.wrong_answer, prompt.label
 
 
 def sampled(prompts: list[Prompt], options: CommonOptions) -> list[Prompt]:

@@ -12,7 +12,7 @@ from mechinterp_cli.tasks.items import PromptItem
 from mechinterp_cli.tasks.reading import Row, Rows
 
 _SPAN = "span_"
-_OWN = ("clean", "corrupt", "answer", "wrong_answer", "group", "cluster", "template", "spans")
+_OWN = ("clean", "corrupt", "answer", "wrong_answer", "group", "cluster", "template", "label", "spans")
 _REQUIRED = ("clean", "answer")
 _TOKEN_IDS: Mapping[str, str] = {
     "clean": "clean",

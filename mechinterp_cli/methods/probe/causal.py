@@ -56,7 +56,11 @@ class Arm:
 
 
 def lay_out(
-    sites: Sequence[ProbedSite], places: Sequence[Place], options: CausalOptions, prompts: PromptSet
+    sites: Sequence[ProbedSite],
+    places: Sequence[Place],
+    options: CausalOptions,
+    prompts: PromptSet,
+    where: Sequence[Sequence[int]] | None = None,
 ) -> list[Arm]:
     """Every trial, the random ones after the probe's and those of control labels.
 
@@ -65,6 +69,7 @@ def lay_out(
         places: Positions of each prompt, as `methods.places.Binder` gives them.
         options: The section.
         prompts: The prompts that are measured.
+        where: Of every site the numbers of its places; all of them where None.
 
     Raises:
         UserError: A site that has no directions, `leace` without a map, `swap` without paired prompts.
@@ -72,7 +77,7 @@ def lay_out(
     _check(sites, options, prompts)
     arms: list[Arm] = []
     for number, site in enumerate(sites):
-        for place in range(len(places)):
+        for place in range(len(places)) if where is None else where[number]:
             for intervention, strength, stream in _questions(options):
                 for direction, draw in _directions(site, options, intervention, strength):
                     arms.append(Arm(len(arms), number, place, intervention, strength, stream, direction, draw))

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from mechinterp_cli.config.base import BaseConfig
-from mechinterp_cli.config.types import Count, Flag, Number, Seed, unique
+from mechinterp_cli.config.types import Count, Flag, Fraction, Index, Number, Seed, unique
 from mechinterp_cli.methods.beside import FEWEST_DRAWS
 from mechinterp_cli.methods.places import Positions
 from mechinterp_cli.methods.probe.interventions import Intervention
@@ -15,13 +15,19 @@ Stream = Literal["clean", "corrupt"]
 
 
 class CausalOptions(BaseConfig):
-    """Interventions on what a probe found, beside random directions, on prompts that no probe was fitted on."""
+    """Interventions on what a probe found, beside random directions, on prompts that no direction was fitted on."""
 
+    hold_out: Fraction = 0.5
+    """Share of the clusters of prompts (facts, nouns, groups) that no direction is fitted on: its prompts are measured.
+    Scores are of cross-validation over all prompts, as without `causal`."""
+    measure: Count = 16
+    """How many of these prompts are measured at most, of as many clusters as there are; cost grows with it."""
     interventions: Annotated[tuple[Intervention, ...], Field(min_length=1), AfterValidator(unique)] = ("erase", "steer")
     """`erase` puts the component along the probe's directions at its mean, `leace` erases what any linear probe reads,
     `steer` moves along the first direction, `swap` puts in the component of the paired prompt."""
-    positions: Positions = "last"
-    """Where, as in `patch`: `last`, `all` together, `each`, or a list of positions and spans."""
+    positions: Positions | None = None
+    """Where, as in `patch`: `last`, `all` together, `each`, or a list of positions and spans; null: where the probe
+    reads, and of labelled words at the last token."""
     strengths: Strengths = (-4.0, -2.0, -1.0, 1.0, 2.0, 4.0)
     """How far to steer, in standard deviations of the projections of the activations that the probe was fitted on.
     Where a metric is about each prompt's own answer, look at groups of prompts: over both labels effects cancel."""
@@ -37,10 +43,18 @@ class CausalOptions(BaseConfig):
     """Whether random subspaces are orthogonal to the probe's. By default they share what little two random
     directions of this variance share; orthogonal ones may find too little variance elsewhere, and no verdict is given
     then."""
+    controls: Index = 3
+    """Directions of control labels beside the probe's, fitted in the same way: labels exchanged between texts, within
+    groups that have several; of labelled words one drawn for each word type. 0: none."""
+    downstream: Literal["all"] | tuple[Index, ...] | None = None
+    """Layers under whose erasure the probes of all later layers are read, on the prompts held out: `all`, a list (empty:
+    none); null: five layers, evenly spread."""
     margin: Annotated[Number, Field(gt=0)] = 0.1
     """The smallest difference from random directions that matters, in the unit of the first metric."""
+    score_margin: Annotated[Number, Field(gt=0)] = 0.05
+    """The smallest difference of a score from its best baseline that matters, for "readable"."""
     seed: Seed = 0
-    """Of the random directions; all layers share the draws."""
+    """Of the random directions (all layers share the draws), of control labels, and of the prompts held out."""
 
     @model_validator(mode="after")
     def _check_strengths(self) -> "CausalOptions":

@@ -1,7 +1,7 @@
 """Everything that is said of the probes at one place: their scores, and what these are to be set beside."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,7 @@ class Readout:
         control: Their control labels, where there are any.
         options: The section.
         stats: How intervals are made.
+        correct: `Outcome.correct` of every probe fitted to the labels so far, by its name and baseline.
     """
 
     reading: Reading
@@ -37,11 +38,13 @@ class Readout:
     control: Problem | None
     options: ProbeOptions
     stats: StatsOptions
+    correct: dict[tuple[ProbeName, str | None], Tensor] = field(default_factory=dict)
 
     def rows(self, names: Sequence[ProbeName], x: Tensor) -> Iterator[Row]:
         """Of every probe on activations [n, d]: over all folds, and of each fold in training and in test."""
         for name in names:
             found = fit(name, x, self.problem, self.options)
+            self.correct[name, None] = found.correct
             control = None if self.control is None else fit(name, x, self.control, self.options)
             yield self._whole(found, name, control)
             if control is not None:
@@ -50,7 +53,9 @@ class Readout:
 
     def beside(self, name: ProbeName, baseline: str, x: Tensor) -> Row:
         """The same probe on something else than the model's activations."""
-        return self._whole(fit(name, x, self.problem, self.options), name, None) | {"baseline": baseline}
+        found = fit(name, x, self.problem, self.options)
+        self.correct[name, baseline] = found.correct
+        return self._whole(found, name, None) | {"baseline": baseline}
 
     def majority(self) -> Row:
         """Saying the commonest class of the training samples, or their mean."""

@@ -1,10 +1,11 @@
 """Prompts from a file: CSV, JSONL or JSON.
 
-Own columns: `clean`, `answer`, and optionally `corrupt`, `wrong_answer`, `group`, `cluster`, `template` and any
-`span_NAME` (a text that occurs once in `clean`). In JSON and JSONL an answer may be a list (a set), or a token id, and
-`spans` may be an object. Two public layouts are read too: CSV with `clean, corrupted, correct_idx, incorrect_idx`
-(token ids; EAP-IG), and JSON with `prompts: [{clean, corrupt, answers, wrong_answers}]` (auto-circuit; its `word_idxs`
-are not read, since they hold for one tokenizer only).
+Own columns: `clean`, `answer`, and optionally `corrupt`, `wrong_answer`, `group`, `cluster`, `template`, `label` (for
+probes: a class, or a number in JSON and JSONL) and any `span_NAME` (a text that occurs once in `clean`). In JSON and
+JSONL an answer may be a list (a set), or a token id, and `spans` may be an object. Two public layouts are read too: CSV
+with `clean, corrupted, correct_idx, incorrect_idx` (token ids; EAP-IG), and JSON with
+`prompts: [{clean, corrupt, answers, wrong_answers}]` (auto-circuit; its `word_idxs` are not read, since they hold for
+one tokenizer only).
 """
 
 from typing import ClassVar, Literal
