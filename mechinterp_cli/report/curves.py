@@ -9,12 +9,14 @@ import altair as alt
 
 from mechinterp_cli.report.labels import show_text
 from mechinterp_cli.report.picture import PICTURE_WIDTH, SERIES_COLOURS, Chart, Drawing, head_lines, inline
-from mechinterp_cli.report.shapes import Curve, CurvePanel, Curves, y_range
+from mechinterp_cli.report.shapes import Curve, Curves, y_range
 
 SHAPES = ("circle", "square", "triangle-up", "diamond", "cross", "triangle-down", "triangle-right")
 DASHES: tuple[list[int], ...] = ([1, 0], [6, 3], [2, 2], [8, 2, 2, 2])
 """Lines differ by colour, dash and shape: the colours alone are lost in a grey print."""
 HEIGHT, LOW_HEIGHT, LEGEND_ROOM = 230, 150, 190
+REFERENCE_DASHES: tuple[list[int], ...] = ([7, 4], [2, 2], [10, 3, 2, 3], [1, 4])
+REFERENCE_COLOUR = "#555555"
 MAX_MARKS = 60
 """A line of more points is drawn without marks at them, which would hide it."""
 LABEL_PIXELS = 40
@@ -51,17 +53,55 @@ def _panel(curves: Curves, index: int, across: int) -> alt.LayerChart:
     y_scale = alt.Scale(domain=[low, high], nice=False, zero=False)
     y_axis = alt.Axis(format="~f", tickCount=4 if stacked else 6, minExtent=34, titleLimit=HEIGHT)
     y = alt.Y("y:Q", scale=y_scale, axis=y_axis, title=show_text(panel.y_title))
-    marked = max((len(curve.x) for curve in panel.curves), default=0) <= MAX_MARKS
-    colour, dash, shape = _looks([curve.name for curve in panel.curves], with_legend, marked)
-    points = inline([row for curve in panel.curves for row in _points(curve)])
+    drawn = [curve for curve in panel.curves if curve.look != "reference"]
+    marked = max((len(curve.x) for curve in drawn), default=0) <= MAX_MARKS
+    colour, dash, shape = _looks([curve.name for curve in drawn], with_legend, marked)
     layers: list[alt.Chart] = [_zero(y)] if low < 0 < high else []
-    if any(curve.low is not None for curve in panel.curves):
-        layers += _bands(panel, x, y, colour)
-    layers.append(alt.Chart(points).mark_line(strokeWidth=2).encode(x, y, colour, dash, detail="name:N"))
+    layers += _references([curve for curve in panel.curves if curve.look == "reference"], x, y, with_legend)
+    if any(curve.low is not None for curve in drawn):
+        layers += _bands(drawn, x, y, colour)
+    lines, marks = (
+        inline([row for curve in drawn if keep(curve) for row in _points(curve)]) for keep in (_lined, _dotted)
+    )
+    layers.append(alt.Chart(lines).mark_line(strokeWidth=2).encode(x, y, colour, dash, detail="name:N"))
     if marked:
-        layers.append(alt.Chart(points).mark_point(filled=True, size=42, opacity=1).encode(x, y, colour, shape))
+        layers.append(alt.Chart(marks).mark_point(filled=True, size=42, opacity=1).encode(x, y, colour, shape))
     height = LOW_HEIGHT if stacked else HEIGHT
-    return alt.LayerChart(layer=layers, width=curves.width, height=height, title=show_text(panel.title))
+    whole = alt.LayerChart(layer=layers, width=curves.width, height=height, title=show_text(panel.title))
+    shown: alt.LayerChart = whole.resolve_scale(strokeDash="independent")
+    return shown
+
+
+def _lined(curve: Curve) -> bool:
+    return curve.look != "dots"
+
+
+def _dotted(curve: Curve) -> bool:
+    return curve.look != "line"
+
+
+def _references(curves: Sequence[Curve], x: alt.X, y: alt.Y, with_legend: bool) -> list[alt.Chart]:
+    """Thin lines below all others, told apart by their dashes; what is the same everywhere goes from edge to edge."""
+    if not curves:
+        return []
+    names = [show_text(curve.name) for curve in curves]
+    scale = alt.Scale(domain=names, range=[REFERENCE_DASHES[i % len(REFERENCE_DASHES)] for i in range(len(names))])
+    legend = alt.Legend(
+        title=None,
+        labelLimit=LEGEND_ROOM,
+        symbolType="stroke",
+        symbolSize=300,
+        symbolStrokeWidth=1.5,
+        symbolStrokeColor=REFERENCE_COLOUR,
+    )
+    dash = alt.StrokeDash("name:N", scale=scale, legend=legend if with_legend else None)
+    level = [curve for curve in curves if len(set(curve.y)) == 1]
+    flat = alt.Chart(inline([{"name": show_text(curve.name), "y": curve.y[0]} for curve in level]))
+    bent = alt.Chart(inline([row for curve in curves if curve not in level for row in _points(curve)]))
+    layers: list[alt.Chart] = [flat.mark_rule(strokeWidth=1.5, color=REFERENCE_COLOUR).encode(y, dash)]
+    if len(level) < len(curves):
+        layers.append(bent.mark_line(strokeWidth=1.5, color=REFERENCE_COLOUR).encode(x, y, dash))
+    return layers
 
 
 def _zero(y: alt.Y) -> alt.Chart:
@@ -69,11 +109,11 @@ def _zero(y: alt.Y) -> alt.Chart:
     return drawn
 
 
-def _bands(panel: CurvePanel, x: alt.X, y: alt.Y, colour: alt.Color) -> list[alt.Chart]:
+def _bands(curves: Sequence[Curve], x: alt.X, y: alt.Y, colour: alt.Color) -> list[alt.Chart]:
     """An area where there are several points, a bar where there is one."""
     areas: list[dict[str, Any]] = []
     bars: list[dict[str, Any]] = []
-    for curve in panel.curves:
+    for curve in curves:
         rows = list(_band(curve))
         (areas if len(rows) > 1 else bars).extend(rows)
     marks = []

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +29,9 @@ class Curve:
     low: tuple[float, ...] | None = None
     """Lower edge of the band, where there is one."""
     high: tuple[float, ...] | None = None
+    look: Literal["marked", "line", "dots", "reference"] = "marked"
+    """A line with marks at its points, without them, marks alone, or what others are held against: thin, grey, dashed
+    and without a band."""
 
 
 @dataclass(frozen=True, kw_only=True)
