@@ -25,6 +25,16 @@ PREVIOUS_TOKEN_HEAD = (0, 1)
 """(layer, head) of the head that attends to the token before."""
 INDUCTION_HEAD = (1, 2)
 """(layer, head) of the head that attends to what followed the same symbol."""
+EDGES = ("embed->a0.h1.v", "a0.h1->a1.h2.k", "embed->a1.h2.q", "embed->a1.h2.v", "a1.h2->logits")
+"""The circuit as edges: every way by which a token, rather than a position, reaches the logits.
+
+Read off the weights: `embed` writes `token` channels, which the values of all heads read (head 0.1 writes what it finds
+to `previous`), and which query and value of head 1.2 read; `previous` is written by head 0.1 and read by the key of
+head 1.2 alone; `output` is written by head 1.2 and read by the unembedding alone. Other heads and the MLPs write
+nothing, so that no edge from them carries anything. Edges from `embed` into query and key of head 0.1, and into the key
+of head 1.2, carry positions, which are the same in every prompt; LayerNorm mixes nothing in, as all tokens have one
+norm.
+"""
 POSITIONS = 256
 """Longest prompt."""
 

@@ -33,8 +33,9 @@ class InductionOptions(GeneratedOptions):
     """Random tokens before the first block."""
     seen: Count | None = None
     """Tokens of the block that are repeated before the answer is asked for, below `block`; null: half of them."""
-    corruption: Literal["matched", "copied"] = "matched"
-    """Which token changes at its first occurrence: the one to be matched, or the one to be copied."""
+    corruption: Literal["matched", "copied", "all"] = "matched"
+    """What changes: the first occurrence of the token to be matched, or of the one to be copied; or `all`: every token,
+    so that another sequence is repeated in the same way."""
 
 
 @dataclass(frozen=True)
@@ -54,30 +55,31 @@ class _Shape:
         return self.prefix + self.seen
 
     @property
-    def drawn(self) -> int:
-        """Different tokens that a prompt and its corruption need."""
-        return self.prefix + self.block + 1
+    def fresh(self) -> int:
+        """Different tokens of a prompt."""
+        return self.prefix + self.block
 
 
 @builds(InductionOptions)
 def build_induction(options: InductionOptions, encoder: Encoder) -> Built:
     """Draw `n` prompts of one length over ordinary tokens; each is its own cluster.
 
-    The wrong answer is the token that the corrupt prompt would make right (`copied`), or else another token of the
-    block, so that copying anything from the prompt is not enough (`matched`).
+    The wrong answer is the token that the corrupt prompt would make right (`copied`, `all`), or else another token of
+    the block, so that copying anything from the prompt is not enough (`matched`).
     """
     shape = _shape(options)
     if encoder.chat_template:
         raise UserError("task.chat_template: induction prompts are no messages", "Leave the key out.")
     draw = Draw(options.seed)
     pool = ordinary_tokens(encoder, draw)
-    if len(pool) < shape.drawn:
+    needed = shape.fresh + (shape.fresh if options.corruption == "all" else 1)
+    if len(pool) < needed:
         found = f"this tokenizer has {len(pool)} ordinary ones"
-        cause = f"task induction: a prompt needs {shape.drawn} different tokens and {found}"
+        cause = f"task induction: a prompt needs {needed} different tokens and {found}"
         raise UserError(cause, "Lower task.block or task.prefix.")
     drawn: dict[tuple[int, ...], Prompt] = {}
     for _ in range(10 * options.n + 100):
-        prompt = _prompt(options, shape, encoder, draw.sample(pool, shape.drawn), draw)
+        prompt = _prompt(options, shape, encoder, draw.sample(pool, needed), draw)
         prompt = replace(prompt, cluster=f"prompt-{len(drawn)}")
         drawn.setdefault(prompt.clean_tokens, prompt)
         if len(drawn) == options.n:
@@ -95,15 +97,21 @@ def _shape(options: InductionOptions) -> _Shape:
 
 
 def _prompt(options: InductionOptions, shape: _Shape, encoder: Encoder, tokens: Sequence[int], draw: Draw) -> Prompt:
-    *fresh, new = tokens
+    fresh, others = tokens[: shape.fresh], tokens[shape.fresh :]
     block = fresh[shape.prefix :]
-    clean = [*fresh, *block[: shape.seen]]
-    answer = block[shape.seen]
+    clean, answer, new = _repeated(shape, fresh), block[shape.seen], others[0]
+    if options.corruption == "all":
+        return _finished(encoder, shape, clean, _repeated(shape, others), answer, others[shape.copied])
     changed = shape.matched if options.corruption == "matched" else shape.copied
     corrupt = [*clean[:changed], new, *clean[changed + 1 :]]
     foils = [token for i, token in enumerate(block) if i not in (shape.seen - 1, shape.seen)]
     other = draw.choice(foils) if foils else new
     return _finished(encoder, shape, clean, corrupt, answer, other if options.corruption == "matched" else new)
+
+
+def _repeated(shape: _Shape, fresh: Sequence[int]) -> list[int]:
+    """Prefix and block, and the first tokens of the block again."""
+    return [*fresh, *fresh[shape.prefix : shape.prefix + shape.seen]]
 
 
 def _finished(
