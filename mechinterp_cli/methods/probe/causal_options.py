@@ -47,8 +47,8 @@ class CausalOptions(BaseConfig):
     """Directions of control labels beside the probe's, fitted in the same way: labels exchanged between texts, within
     groups that have several; of labelled words one drawn for each word type. 0: none."""
     downstream: Literal["all"] | tuple[Index, ...] | None = None
-    """Layers under whose erasure the probes of all later layers are read, on the prompts held out: `all`, a list (empty:
-    none); null: five layers, evenly spread."""
+    """Layers under whose erasure the probes of all later layers are read, on the prompts held out: `all`, a list
+    (empty: none); null: five layers, evenly spread."""
     margin: Annotated[Number, Field(gt=0)] = 0.1
     """The smallest difference from random directions that matters, in the unit of the first metric."""
     score_margin: Annotated[Number, Field(gt=0)] = 0.05

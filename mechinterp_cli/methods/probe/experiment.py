@@ -15,9 +15,13 @@ from mechinterp_cli.methods.bench import Bench
 from mechinterp_cli.methods.experiment import Experiment, Setting, Tables, prepares
 from mechinterp_cli.methods.places import Binder
 from mechinterp_cli.methods.probe.activations import Activations, Keeping, Source, activations
+from mechinterp_cli.methods.probe.fitting import Fitting, save_directions, usual_penalties
+from mechinterp_cli.methods.probe.follow import FollowUp
+from mechinterp_cli.methods.probe.follow_checks import first_linear, follow_up, with_directions
 from mechinterp_cli.methods.probe.honesty import leak_warnings
 from mechinterp_cli.methods.probe.options import OF_NUMBERS, ProbeName, ProbeOptions
 from mechinterp_cli.methods.probe.projections import projection_rows
+from mechinterp_cli.methods.probe.readable import Scores
 from mechinterp_cli.methods.probe.readout import Readout, Row, bags, control_problem
 from mechinterp_cli.methods.probe.scoring import Problem
 from mechinterp_cli.methods.probe.sites import Reading, asked_of, readings
@@ -39,6 +43,7 @@ class ProbeExperiment(Experiment):
         examples: The prompts as labelled examples.
         readouts: Every place with its labels and folds.
         names: The probes.
+        follow: The causal follow-up, where one is asked for.
     """
 
     def __init__(
@@ -48,16 +53,19 @@ class ProbeExperiment(Experiment):
         examples: LabelledSet,
         readouts: Sequence[Readout],
         names: Sequence[ProbeName],
+        follow: FollowUp | None = None,
     ) -> None:
         super().__init__(setting)
         self.options = options
         self.examples = examples
         self.readouts = readouts
         self.names = names
+        self.follow = follow
 
     def seeds(self) -> dict[str, int]:
-        """Of folds, control labels, random weights."""
-        return {"probe": self.options.seed}
+        """Of folds, control labels, random weights; of everything that the follow-up draws."""
+        causal = self.options.causal
+        return {"probe": self.options.seed} | ({"probe.causal": causal.seed} if causal else {})
 
     def display(self) -> dict[str, str]:
         """The task, and what scores are."""
@@ -65,8 +73,9 @@ class ProbeExperiment(Experiment):
         return {"title": f"probes, {self.prompts.task}", "scale": f"{what} on samples that a probe was not fitted on."}
 
     def facts(self) -> dict[str, Any]:
-        """How many samples there are, and of which classes."""
-        return {"samples": len(self.examples.targets), "classes": self.examples.classes}
+        """How many samples there are, of which classes, and which prompts the follow-up measures."""
+        facts = {"samples": len(self.examples.targets), "classes": self.examples.classes}
+        return facts | ({"causal": self.follow.split.facts()} if self.follow else {})
 
     def compute(self, bench: Bench) -> Tables:
         """Read, fit, set beside."""
@@ -90,7 +99,34 @@ class ProbeExperiment(Experiment):
         along = projection_rows(self.readouts, rows, labels, lambda reading: self._x(found, reading), self._place)
         tables |= {"projections": along} if along else {}
         self._warn_unconverged(bench, rows)
-        return tables | ({"code": codes} if codes else {})
+        tables |= {"code": codes} if codes else {}
+        return tables | self._followed(found, rows, bench)
+
+    def _followed(self, found: Activations, rows: Sequence[Row], bench: Bench) -> dict[str, Any]:
+        """Save the directions of the first linear probe, and try them in the model where that is asked."""
+        name, follow = first_linear(self.names), self.follow
+        if name is None:
+            return {}
+        bench.stage("fitting directions")
+        fitting = Fitting(
+            name,
+            self.examples,
+            frozenset(range(len(self.prompts.prompts)) if follow is None else follow.split.fitted),
+            usual_penalties(rows, name),
+            controls=0 if follow is None else follow.options.controls,
+            seed=0 if follow is None else follow.options.seed,
+        )
+        fitted = []
+        for readout in with_directions(self.readouts):
+            one = fitting.at(readout, self._x(found, readout.reading))
+            if one is None:
+                bench.warn(f"{readout.reading.label}: no direction, as there is nothing to tell apart")
+            else:
+                fitted.append(one)
+        save_directions(bench, fitted)
+        if follow is None or not fitted:
+            return {}
+        return follow.tables(fitted, Scores(rows, self.readouts, name).of, bench)
 
     def _activations(self, model: LoadedModel, bench: Bench) -> Activations:
         engine = self.loaded.config.engine
@@ -170,7 +206,7 @@ class ProbeExperiment(Experiment):
             "probes": len(self.readouts) * len(self.names),
             "samples": len(self.examples.targets),
             "activation_bytes": 4 * numbers,
-        }
+        } | ({"causal": self.follow.plan()} if self.follow else {})
 
 
 @prepares(ProbeOptions)
@@ -196,7 +232,8 @@ def prepare(options: ProbeOptions, setting: Setting) -> ProbeExperiment:
             problems[reading.examples] = _problems(options, setting, examples, reading)
         problem, control = problems[reading.examples]
         readouts.append(Readout(reading, problem, control, options, loaded.config.stats))
-    return ProbeExperiment(setting, options, examples, readouts, names)
+    follow = None if options.causal is None else follow_up(setting, options.causal, names, readouts)
+    return ProbeExperiment(setting, options, examples, readouts, names, follow)
 
 
 def _names(options: ProbeOptions, setting: Setting, examples: LabelledSet) -> tuple[ProbeName, ...]:

@@ -136,6 +136,7 @@ class ProbedSite:
         leace_removed: Share of the variance that it moves.
         random: `erase` (for `swap` too), `leace`, `steer`: the random subspaces that stand beside each.
         name: Which probe it is; probes of one name over layers are judged together.
+        heads: How many heads the whole activation has, where it has heads.
     """
 
     kind: str
@@ -148,6 +149,7 @@ class ProbedSite:
     leace_removed: float = 0.0
     random: Mapping[str, RandomSubspaces] = field(default_factory=dict)
     name: str = PROBE
+    heads: int | None = None
 
     @property
     def site(self) -> Site:
@@ -208,6 +210,7 @@ def probed_site(
     leace: AffineMap | None = None,
     orthogonal: bool = False,
     name: str = PROBE,
+    heads: int | None = None,
 ) -> ProbedSite:
     """A probed site with its random subspaces, from the activations that the probe was fitted on.
 
@@ -225,6 +228,7 @@ def probed_site(
         orthogonal: Whether random subspaces are orthogonal to the probe's. They then cannot share what it has of the
             strongest directions, and may not find as much variance elsewhere.
         name: Which probe it is.
+        heads: How many heads lie side by side, where all of them are one activation.
 
     Raises:
         ValueError: Rows that are not orthonormal, or of another number of features.
@@ -243,11 +247,19 @@ def probed_site(
     if leace is not None:
         moved = cloud.moved(leace.matrix)
         random["leace"] = drawn(moved, leace.rank)
-    return ProbedSite(kind, layer, unit, cloud.mean.float(), probe, own, leace, moved, random, name)
+    return ProbedSite(kind, layer, unit, cloud.mean.float(), probe, own, leace, moved, random, name, heads)
 
 
 def blank_site(
-    kind: str, layer: int, features: int, *, rank: int = 1, draws: int, unit: int | None = None, controls: int = 0
+    kind: str,
+    layer: int,
+    features: int,
+    *,
+    rank: int = 1,
+    draws: int,
+    unit: int | None = None,
+    controls: int = 0,
+    heads: int | None = None,
 ) -> ProbedSite:
     """A site with as many directions as there will be, none of them fitted: what a plan is made of.
 
@@ -259,6 +271,7 @@ def blank_site(
         draws: Random subspaces.
         unit: The head, where the site has heads.
         controls: How many control labels there are.
+        heads: How many heads lie side by side, where all of them are one activation.
     """
     basis, nothing = torch.eye(rank, features), torch.zeros(features)
     probe = Subspace(PROBE, basis, nothing, basis[0], 1.0, 0.0)
@@ -266,7 +279,7 @@ def blank_site(
     leace = AffineMap(torch.eye(features), nothing)
     random = RandomSubspaces(basis.expand(draws, -1, -1), torch.zeros(draws, dtype=torch.float64), 0.0)
     alike = dict.fromkeys(("erase", "leace", "steer"), random)
-    return ProbedSite(kind, layer, unit, nothing, probe, others, leace, 0.0, alike)
+    return ProbedSite(kind, layer, unit, nothing, probe, others, leace, 0.0, alike, heads=heads)
 
 
 class Changes:
@@ -316,7 +329,8 @@ class Changes:
 
     def _add(self, vector: Tensor) -> Change:
         """A vector of the site's unit, or of the whole activation, that is added."""
-        return Change("add", vector.view(1, 1, *([] if self.site.unit is None else [1]), -1))
+        heads = self.site.heads if self.site.unit is None else 1
+        return Change("add", vector.view(1, 1, *([] if heads is None else [heads]), -1))
 
 
 def _within(x: Tensor, rows: Tensor) -> Tensor:

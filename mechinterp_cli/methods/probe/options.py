@@ -7,6 +7,7 @@ from pydantic import AfterValidator, Field
 from mechinterp_cli.config.base import MethodOptions
 from mechinterp_cli.config.types import Flag, Number, Seed, unique
 from mechinterp_cli.methods.probe.activations import CacheUse
+from mechinterp_cli.methods.probe.causal_options import CausalOptions
 from mechinterp_cli.methods.probe.sites import ProbeSites
 
 ProbeName = Literal["logistic", "mass_mean", "mass_mean_whitened", "lda", "mlp", "ridge"]
@@ -44,6 +45,9 @@ class ProbeOptions(MethodOptions):
     is the selectivity."""
     code_length: Flag = False
     """Online code length of the labels in bits (Voita & Titov 2020), by logistic probes."""
+    causal: CausalOptions | None = None
+    """Does the model use what the first linear probe reads? Its directions are erased, steered along or swapped in the
+    model, beside random ones, on prompts that they were not fitted on; measured by `metrics`. Null: not asked."""
     seed: Seed = 0
     """Of folds, control labels, the random weights, and the order in which code length takes samples."""
     cache: CacheUse = "auto"
