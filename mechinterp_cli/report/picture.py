@@ -6,6 +6,7 @@ Pictures are Vega-Lite charts made by Altair, drawn by vl-convert without a brow
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, TypeAlias
 
 import altair as alt
@@ -37,7 +38,11 @@ class Drawing:
     ten thousand rows; large data is better put in afterwards."""
 
     def spec(self) -> dict[str, Any]:
-        """The Vega-Lite specification with all its data."""
+        """The Vega-Lite specification with all its data; not to be changed."""
+        return self._spec
+
+    @cached_property
+    def _spec(self) -> dict[str, Any]:
         spec: dict[str, Any] = self.chart().to_dict()
         spec["datasets"] = {**spec.get("datasets", {}), **self.data()}
         return spec
@@ -48,12 +53,12 @@ class Drawing:
         Args:
             scale: Pixels per unit; 2 is sharp on dense screens and in print.
         """
-        drawn: bytes = vl_convert.vegalite_to_png(self.spec(), vl_version=VERSION, scale=scale)
+        drawn: bytes = vl_convert.vegalite_to_png(self._spec, vl_version=VERSION, scale=scale)
         return drawn
 
     def svg(self) -> bytes:
         """The picture as SVG; text from tokens is escaped."""
-        drawn: str = vl_convert.vegalite_to_svg(self.spec(), vl_version=VERSION)
+        drawn: str = vl_convert.vegalite_to_svg(self._spec, vl_version=VERSION)
         return drawn.encode("utf-8", "backslashreplace")
 
 

@@ -12,6 +12,9 @@ import numpy.typing as npt
 class Picture(Protocol):
     """A figure of a run."""
 
+    def spec(self) -> dict[str, Any]:
+        """The Vega-Lite specification with all its data."""
+
     def png(self) -> bytes:
         """The picture as PNG."""
 

@@ -13,6 +13,11 @@ def activations_folder() -> Path:
     return models_folder().parent / "activations"
 
 
+def scripts_folder() -> Path:
+    """Where scripts of the report page are kept: beside the fetched models."""
+    return models_folder().parent / "scripts"
+
+
 def read_kept(path: Path) -> bytes | None:
     """What stands in a file of the cache; None where it is not there or cannot be read."""
     try:
