@@ -74,6 +74,8 @@ class Heatmap:
     panels: tuple[Panel, ...]
     scale: ColourScale | None = None
     """Of all panels; where None, ± the largest magnitude about 0."""
+    numbers: bool = False
+    """Values are printed, in cells that have room for them."""
 
     @property
     def colours(self) -> ColourScale:

@@ -16,6 +16,10 @@ HATCH = "#a0a0a0"
 
 CELL_WIDTH, CELL_HEIGHT = 30, 14
 MAX_COLUMN_LABELS = 64
+NUMBER_WIDTH, NUMBER_HEIGHT = 26, 11
+"""The smallest cell that a number of two decimals is printed in."""
+DARK = 0.85
+"""From this share of the colour scale on, numbers are white."""
 
 
 def chart(heatmap: Heatmap) -> alt.ConcatChart:
@@ -83,11 +87,29 @@ def _panel_chart(heatmap: Heatmap, panel: Panel, *, with_legend: bool) -> alt.La
     if any(state in STATE_COLOURS for state in heatmap.states):
         layers.append(alt.Chart(odd).mark_rect().encode(x, y, _state_colour(heatmap, with_legend)))
         layers += _hatch(panel, cells, x, y)
+    layers += _numbers(heatmap, panel, x, y) if heatmap.numbers else []
     layered = alt.layer(*layers).resolve_scale(color="independent")
     drawn: alt.LayerChart = layered.properties(
         width=_panel_width(panel), height=_panel_height(panel), title=panel.title
     )
     return drawn
+
+
+def _numbers(heatmap: Heatmap, panel: Panel, x: alt.X, y: alt.Y) -> list[alt.Chart]:
+    """Two decimals in every cell that has a value, where cells are large enough."""
+    columns, rows = len(panel.columns), len(panel.layers)
+    if _panel_width(panel) < NUMBER_WIDTH * columns or _panel_height(panel) < NUMBER_HEIGHT * rows:
+        return []
+    cells = [
+        {name: cell[name] for name in ("column", "layer", "value")}
+        | {"ink": "#ffffff" if abs(heatmap.colours.share(cell["value"])) >= DARK else "#222222"}
+        for cell in _cells(panel)
+        if cell["state"] == "ok"
+    ]
+    words = alt.Chart(alt.InlineData(values=cells)).mark_text(fontSize=9)
+    ink = alt.Color("ink:N", scale=None, legend=None)
+    drawn: alt.Chart = words.encode(x, y, ink, alt.Text("value:Q", format=".2f"))
+    return [drawn]
 
 
 def _hatch(panel: Panel, cells: list[dict[str, Any]], x: alt.X, y: alt.Y) -> list[alt.Chart]:
