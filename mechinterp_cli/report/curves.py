@@ -84,7 +84,7 @@ def _references(curves: Sequence[Curve], x: alt.X, y: alt.Y, with_legend: bool) 
     """Thin lines below all others, told apart by their dashes; what is the same everywhere goes from edge to edge."""
     if not curves:
         return []
-    names = [show_text(curve.name) for curve in curves]
+    names = list(dict.fromkeys(show_text(curve.name) for curve in curves))
     scale = alt.Scale(domain=names, range=[REFERENCE_DASHES[i % len(REFERENCE_DASHES)] for i in range(len(names))])
     legend = alt.Legend(
         title=None,

@@ -1,9 +1,9 @@
 """What pictures of curves and of attention hold, whatever draws them."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -39,7 +39,7 @@ class Curve:
 
 @dataclass(frozen=True, kw_only=True)
 class CurvePanel:
-    """One panel of at least one curve; the curves' names are distinct."""
+    """One panel of at least one curve; the curves' names are distinct, but references may share one."""
 
     title: str
     y_title: str
@@ -100,6 +100,28 @@ class Dots:
     panels: tuple[DotPanel, ...]
     one_axis: bool = False
     """All panels have the same rows, named once."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HistogramPanel:
+    """One panel."""
+
+    title: str
+    series: Mapping[str, tuple[float, ...]]
+    """Finite values by class."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Histogram:
+    """One picture: panels of classes over each other, all with the same bins."""
+
+    title: str
+    lines: tuple[str, ...]
+    """What stands below the title."""
+    x_title: str
+    panels: tuple[HistogramPanel, ...]
+    across: int
+    """Panels in a row."""
 
 
 def y_range(panels: Sequence[CurvePanel]) -> tuple[float, float]:

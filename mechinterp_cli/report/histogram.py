@@ -1,0 +1,89 @@
+"""Histograms of classes over each other, as PNG and SVG."""
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import altair as alt
+import numpy as np
+
+from mechinterp_cli.report.curves import DASHES
+from mechinterp_cli.report.labels import show_text
+from mechinterp_cli.report.picture import PICTURE_WIDTH, SERIES_COLOURS, Chart, Drawing, head_lines, inline
+from mechinterp_cli.report.shapes import Histogram, HistogramPanel
+
+WIDTH, HEIGHT, LEGEND_ROOM, BINS = 300, 190, 150, 30
+
+
+def drawing(histogram: Histogram) -> Drawing:
+    """The histograms as a picture."""
+    return Drawing(partial(chart, histogram))
+
+
+def chart(histogram: Histogram) -> Chart:
+    """The picture as a Vega-Lite chart."""
+    across = min(histogram.across, len(histogram.panels), PICTURE_WIDTH // WIDTH)
+    room = across * (WIDTH + 70) + LEGEND_ROOM
+    panels = [_panel(histogram, at, with_legend=at == across - 1) for at in range(len(histogram.panels))]
+    title = head_lines(histogram.title, histogram.lines, room)
+    whole: Chart = alt.concat(*panels, columns=across, title=title, spacing=18)
+    whole = whole.resolve_scale(color="independent", strokeDash="independent")
+    drawn: Chart = whole.configure_view(stroke="#999999").configure_axis(gridColor="#eeeeee")
+    return drawn
+
+
+def edges(histogram: Histogram) -> list[float]:
+    """Edges of the bins that all panels share, 0 among them.
+
+    Args:
+        histogram: The picture.
+    """
+    found = [value for panel in histogram.panels for values in panel.series.values() for value in values]
+    low, high = min([*found, 0.0]), max([*found, 0.0])
+    width = (high - low) / BINS or 1.0
+    first, last = int(np.floor(low / width)), int(np.floor(high / width)) + 1
+    return [width * at for at in range(first, last + 1)]
+
+
+def _panel(histogram: Histogram, at: int, *, with_legend: bool) -> alt.LayerChart:
+    panel, bins = histogram.panels[at], edges(histogram)
+    names = [show_text(name) for name in panel.series]
+
+    def scale(looks: Sequence[Any]) -> alt.Scale:
+        return alt.Scale(domain=names, range=[looks[i % len(looks)] for i in range(len(names))])
+
+    legend = alt.Legend(title=None, labelLimit=LEGEND_ROOM, symbolType="square") if with_legend else None
+    colour = alt.Color("name:N", scale=scale(SERIES_COLOURS), legend=legend)
+    dash = alt.StrokeDash("name:N", scale=scale(DASHES), legend=None)
+    reach = alt.Scale(domain=[bins[0], bins[-1]], nice=False, zero=False)
+    x = alt.X("from:Q", scale=reach, title=show_text(histogram.x_title), axis=alt.Axis(tickCount=7, format="~g"))
+    y = alt.Y("share:Q", title="share of the class", axis=alt.Axis(format=".0%", tickCount=5), stack=None)
+    bars = alt.Chart(inline(list(_bars(panel, bins)))).mark_bar(opacity=0.35)
+    steps = alt.Chart(inline(list(_outline(panel, bins)))).mark_line(interpolate="step-after", strokeWidth=1.5)
+    middle = alt.Chart(inline([{"from": 0.0}])).mark_rule(color="#444444", strokeDash=[4, 3])
+    layers = [
+        bars.encode(x, alt.X2("to"), y, colour),
+        steps.encode(x, y, colour, dash, detail="name:N"),
+        middle.encode(x),
+    ]
+    return alt.LayerChart(layer=layers, width=WIDTH, height=HEIGHT, title=show_text(panel.title))
+
+
+def _shares(panel: HistogramPanel, bins: Sequence[float]) -> Iterator[tuple[str, list[float]]]:
+    """Of every class the share of its values in each bin."""
+    for name, values in panel.series.items():
+        counts, _ = np.histogram(values, bins)
+        yield show_text(name), (counts / max(1, len(values))).tolist()
+
+
+def _bars(panel: HistogramPanel, bins: Sequence[float]) -> Iterator[dict[str, Any]]:
+    for name, shares in _shares(panel, bins):
+        for at, share in enumerate(shares):
+            if share:
+                yield {"name": name, "from": bins[at], "to": bins[at + 1], "share": share}
+
+
+def _outline(panel: HistogramPanel, bins: Sequence[float]) -> Iterator[dict[str, Any]]:
+    for name, shares in _shares(panel, bins):
+        for edge, share in zip(bins, [*shares, 0.0], strict=True):
+            yield {"name": name, "from": edge, "share": share}

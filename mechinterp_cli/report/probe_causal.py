@@ -1,0 +1,376 @@
+"""What interventions on a probe's directions do, beside random ones: by layer, by strength, and downstream."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import pandas as pd
+
+from mechinterp_cli.report.causal import unit_of
+from mechinterp_cli.report.cells import figure, missing, number, text
+from mechinterp_cli.report.rows import Row, distinct, having, records
+from mechinterp_cli.report.shapes import Curve, CurvePanel, Curves, y_range
+
+PROBE, STEER, ALL = "probe", "steer", "all"
+VERDICTS = {
+    "yes": "used",
+    "no": "not used, within the margin",
+    "inconclusive": "inconclusive",
+    "": "no verdict",
+}
+MAX_PANELS = 12
+BEST = 6
+"""Places that steering is drawn of: those that it moves most."""
+MAX_LABELS = 4
+"""Groups of prompts that are drawn apart."""
+WIDTH = 270
+
+
+@dataclass(frozen=True, eq=False)
+class Effects:
+    """The causal follow-up of a run; empty where it has none."""
+
+    rows: pd.DataFrame
+    """`causal_effects` of the first metric."""
+    about: tuple[str, ...]
+    """Task, model, prompts: for titles."""
+    level: str = "95"
+    """Of intervals, in percent."""
+
+    @property
+    def unit(self) -> str:
+        """The metric with its unit."""
+        return unit_of(text(self.rows["metric"].iloc[0]))
+
+    @cached_property
+    def own(self) -> pd.DataFrame:
+        """Of the probes' directions."""
+        return having(self.rows, direction=PROBE)
+
+    @property
+    def groups(self) -> list[str]:
+        """The groups of prompts, without `all`."""
+        return [group for group in distinct(self.own, "group") if group != ALL]
+
+    @property
+    def said(self) -> str:
+        """How many prompts, random draws and what the bands are."""
+        rows = having(self.own, group=ALL)
+        counts = [_span(rows["n"]) + " prompts" if len(rows) else ""]
+        draws = rows[rows["draws"].fillna(0) > 0]["draws"]
+        beside = f"{_span(draws)} random subspaces of the same rank and removed variance" if len(draws) else ""
+        words = f"{', '.join(filter(None, (*counts, beside)))}." if len(rows) else ""
+        bands = f"Bands: {self.level} % intervals over prompts; of random subspaces the middle 95 % of draws."
+        return f"{words} {bands}".strip()
+
+    def apart(self, rows: pd.DataFrame) -> list[str]:
+        """The groups to draw apart: those that some place moves in opposite ways; else all prompts together.
+
+        Args:
+            rows: Of the probes' directions.
+        """
+        if len(self.groups) < 2 or len(self.groups) > MAX_LABELS:
+            return [ALL]
+        signs: dict[tuple[str, ...], set[float]] = {}
+        for row in records(having(rows, group=tuple(self.groups))):
+            if number(row["ci_low"]) * number(row["ci_high"]) > 0:
+                key = tuple(text(row[name]) for name in (*PLACE, "layer", "intervention", "strength", "stream"))
+                signs.setdefault(key, set()).add(math.copysign(1.0, number(row["effect"])))
+        return self.groups if any(len(found) > 1 for found in signs.values()) else [ALL]
+
+
+PLACE = ("probe", "site", "head", "kv_head", "position", "span", "template")
+"""What a place is, beside its layer."""
+
+
+def _span(values: pd.Series) -> str:
+    numbers = sorted({int(number(value)) for value in values.dropna()})
+    return f"{numbers[0]} to {numbers[-1]}" if len(numbers) > 1 else str(numbers[0]) if numbers else ""
+
+
+def done(row: Row) -> str:
+    """An intervention in words.
+
+    Args:
+        row: Of `causal_effects` or `causal_verdicts`.
+    """
+    name = text(row["intervention"])
+    if name == STEER:
+        return f"steer {number(row['strength']):+g}"
+    return f"swap into {text(row['stream'])}" if name == "swap" else name
+
+
+def where(row: Row, *, several: Mapping[str, bool]) -> str:
+    """A place without its layer: what has several values.
+
+    Args:
+        row: Of a causal table.
+        several: Of which columns there are several values.
+    """
+    parts = [text(row["probe"]) if several.get("probe") else ""]
+    parts += [f"{name} {text(row[name])}" for name in ("head", "position", "span") if not missing(row[name])]
+    parts += [f"key/value head {text(row['kv_head'])}"] if not missing(row["kv_head"]) else []
+    parts += [text(row["template"])] if not missing(row["template"]) and several.get("template") else []
+    return ", ".join(filter(None, parts))
+
+
+def several_of(rows: pd.DataFrame) -> dict[str, bool]:
+    """Which columns of a place have several values.
+
+    Args:
+        rows: Of a causal table.
+    """
+    return {name: rows[name].nunique(dropna=False) > 1 for name in PLACE if name in rows}
+
+
+def layer_curves(effects: Effects, kind: str) -> Curves:
+    """The effect of every intervention by layer with the band of random subspaces, the margin, and the verdicts.
+
+    Steering is drawn at the strength that has a verdict. Where magnitudes tell more than means, they have a panel too.
+
+    Args:
+        effects: All.
+        kind: Of site.
+    """
+    rows = _judged(having(effects.own, site=kind))
+    groups = effects.apart(rows)
+    panels = []
+    for title, part in _by_question(rows):
+        panels += [
+            _layer_panel(_titled(title, group, groups), having(part, group=group), effects.unit) for group in groups
+        ]
+        whole = having(part, group=ALL)
+        if _cancels(whole):
+            panels.append(_size_panel(f"{title}, magnitude", whole, effects.unit))
+    notes = [effects.said, _margin_note(rows)]
+    notes.append(f"The first {MAX_PANELS} of {len(panels)} panels." if len(panels) > MAX_PANELS else "")
+    notes.append("Of several heads, each layer's largest effect." if rows["head"].notna().any() else "")
+    return Curves(
+        title=f"{effects.about[0]}: is what probes read at {kind} used?",
+        lines=(", ".join(effects.about[1:]), " ".join(filter(None, notes))),
+        x_title="layer",
+        panels=tuple(panels[:MAX_PANELS]),
+        across=2,
+        width=WIDTH,
+        one_legend=True,
+        linear=True,
+    )
+
+
+def _titled(title: str, group: str, groups: Sequence[str]) -> str:
+    return title if list(groups) == [ALL] else f"{title}, {group}"
+
+
+def _judged(rows: pd.DataFrame) -> pd.DataFrame:
+    """Of steering the strength with random directions beside it that is largest, else the largest."""
+    steered = having(rows, intervention=STEER)
+    if steered.empty:
+        return rows
+    known = steered[steered["random_effect"].notna()]
+    strengths = [number(value) for value in (known if len(known) else steered)["strength"]]
+    largest = max(strengths, key=lambda strength: (abs(strength), strength))
+    keep = (rows["intervention"] != STEER) | (rows["strength"] == largest).fillna(False)
+    return rows[keep.to_numpy(dtype=bool)]
+
+
+def _by_question(rows: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
+    """Rows of each intervention and place, heads together."""
+    keys = ["probe", "position", "span", "template", "intervention", "strength", "stream"]
+    several = several_of(rows.assign(head=None, kv_head=None))
+    for _, part in rows.groupby(keys, sort=False, dropna=False):
+        first = {**records(part)[0], "head": None, "kv_head": None}
+        yield ", ".join(filter(None, (done(first), where(first, several=several)))), part
+
+
+def _largest(rows: pd.DataFrame) -> list[Row]:
+    """Each layer's row with the largest effect, by layer."""
+    best: dict[int, Row] = {}
+    for row in records(rows):
+        layer = int(number(row["layer"]))
+        if layer not in best or abs(number(row["effect"])) > abs(number(best[layer]["effect"])):
+            best[layer] = row
+    return [best[layer] for layer in sorted(best)]
+
+
+def _column(rows: Sequence[Row], name: str) -> tuple[float, ...]:
+    return tuple(number(row[name]) for row in rows)
+
+
+def _layer_panel(title: str, rows: pd.DataFrame, unit: str) -> CurvePanel:
+    told = _largest(rows)
+    x, effect = _column(told, "layer"), _column(told, "effect")
+    own = Curve(
+        name="probe's subspace", x=x, y=effect, low=_column(told, "ci_low"), high=_column(told, "ci_high"), look="line"
+    )
+    random = Curve(
+        name="random subspaces",
+        x=x,
+        y=_column(told, "random_effect"),
+        low=_column(told, "random_low"),
+        high=_column(told, "random_high"),
+        look="line",
+    )
+    curves = (own, random, *_verdict_dots(told, x, effect), *_margins(told, x))
+    return CurvePanel(title=title, y_title=f"effect on {unit}", curves=curves)
+
+
+def _verdict_dots(told: Sequence[Row], x: tuple[float, ...], y: tuple[float, ...]) -> Iterator[Curve]:
+    for verdict, words in VERDICTS.items():
+        found = tuple(
+            value if text(row.get("verdict")) == verdict else math.nan for row, value in zip(told, y, strict=True)
+        )
+        yield Curve(name=words, x=x, y=found, look="dots")
+
+
+def _margins(told: Sequence[Row], x: tuple[float, ...]) -> list[Curve]:
+    margin = _margin(told)
+    if not math.isfinite(margin):
+        return []
+    return [Curve(name="± margin", x=x, y=(end,) * len(x), look="reference") for end in (margin, -margin)]
+
+
+def _margin(told: Sequence[Row]) -> float:
+    known = [number(row["margin"]) for row in told if not missing(row["margin"])]
+    return known[0] if known else math.nan
+
+
+def _margin_note(rows: pd.DataFrame) -> str:
+    margin = _margin(records(rows))
+    return f"Margin {margin:g}. Verdicts are corrected over all layers." if math.isfinite(margin) else ""
+
+
+def _cancels(rows: pd.DataFrame) -> bool:
+    """Whether prompts are moved in opposite ways, so that the mean hides what magnitudes show."""
+    told = [row for row in records(rows) if math.isfinite(number(row["size"]))]
+    largest = max((number(row["size"]) for row in told), default=0.0)
+    return any(number(row["size"]) - abs(number(row["effect"])) > 0.25 * largest for row in told)
+
+
+def _size_panel(title: str, rows: pd.DataFrame, unit: str) -> CurvePanel:
+    told = _largest(rows.assign(effect=rows["size"]))
+    x, size = _column(told, "layer"), _column(told, "size")
+    own = Curve(name="probe's subspace", x=x, y=size, look="line")
+    random = Curve(name="random subspaces", x=x, y=_column(told, "random_size"), look="line")
+    return CurvePanel(
+        title=title, y_title=f"mean |effect| on {unit}", curves=(own, random, *_verdict_dots(told, x, size))
+    )
+
+
+def dose_curves(effects: Effects, kind: str) -> Curves | None:
+    """Effect against strength, a panel for each of the places that are moved most; labels apart that move apart.
+
+    Args:
+        effects: All.
+        kind: Of site.
+
+    Returns:
+        None where nothing is steered.
+    """
+    rows = having(effects.own, site=kind, intervention=STEER)
+    if rows["strength"].nunique() < 2:
+        return None
+    groups = effects.apart(rows)
+    places = list(rows.groupby([*PLACE, "layer"], sort=False, dropna=False))
+    moved = sorted(range(len(places)), key=lambda at: -_most(having(places[at][1], group=tuple(groups))))[:BEST]
+    kept = sorted(moved, key=lambda at: number(places[at][1]["layer"].iloc[0]))
+    several = several_of(rows)
+    panels = [_dose_panel(places[at][1], groups, several, effects.unit) for at in kept]
+    ends = y_range(panels)
+    more = f"The {len(kept)} of {len(places)} places that are moved most." if len(places) > len(kept) else ""
+    apart = "Groups of prompts apart, as they are moved in opposite ways." if groups != [ALL] else ""
+    return Curves(
+        title=f"{effects.about[0]}: steering along the probe's direction, {kind}",
+        lines=(", ".join(effects.about[1:]), " ".join(filter(None, (effects.said, more, apart)))),
+        x_title="strength (standard deviations of the projections)",
+        panels=tuple(replace(panel, y_range=ends) for panel in panels),
+        across=3,
+        width=WIDTH,
+        one_legend=True,
+        linear=True,
+    )
+
+
+def _most(rows: pd.DataFrame) -> float:
+    return max((abs(number(value)) for value in rows["effect"] if math.isfinite(number(value))), default=0.0)
+
+
+def _dose_panel(rows: pd.DataFrame, groups: Sequence[str], several: Mapping[str, bool], unit: str) -> CurvePanel:
+    first = records(rows)[0]
+    curves = []
+    for group in groups:
+        told = sorted(records(having(rows, group=group)), key=lambda row: number(row["strength"]))
+        named = "" if list(groups) == [ALL] else f", {group}"
+        ends = {"low": _column(told, "ci_low"), "high": _column(told, "ci_high")}
+        curves.append(
+            Curve(name=f"probe's direction{named}", x=_column(told, "strength"), y=_column(told, "effect"), **ends)
+        )
+        random = [row for row in told if math.isfinite(number(row["random_effect"]))]
+        band = {"low": _column(random, "random_low"), "high": _column(random, "random_high")}
+        x, y = _column(random, "strength"), _column(random, "random_effect")
+        curves.append(Curve(name=f"random directions{named}", x=x, y=y, **band))
+        if controlled := [row for row in told if math.isfinite(number(row["control_effect"]))] if not named else []:
+            x, y = _column(controlled, "strength"), _column(controlled, "control_effect")
+            curves.append(Curve(name="control labels' direction", x=x, y=y))
+    title = ", ".join(filter(None, (f"layer {text(first['layer'])}", where(first, several=several))))
+    return CurvePanel(title=title, y_title=f"effect on {unit}", curves=tuple(curves))
+
+
+def downstream_curves(rows: pd.DataFrame, about: Sequence[str], measure: str) -> Curves | None:
+    """What later probes read before and after an erasure, a panel for each place that is erased.
+
+    Args:
+        rows: The table `causal_downstream`, of one checkpoint.
+        about: Task, model, prompts.
+        measure: What scores are.
+
+    Returns:
+        None where there are none.
+    """
+    if rows.empty:
+        return None
+    keys = ["probe", "erased_site", "erased_layer", "erased_head", "site"]
+    parts = list(rows.groupby(keys, sort=False, dropna=False))
+    several = {name: rows[name].nunique() > 1 for name in keys}
+    panels = [_downstream_panel(records(part), several, measure) for _, part in parts[:MAX_PANELS]]
+    low, high = y_range(panels)
+    more = f" The first {MAX_PANELS} of {len(parts)} erasures." if len(parts) > MAX_PANELS else ""
+    notes = f"Probes fitted on unedited activations, on prompts that are measured with and without the erasure.{more}"
+    return Curves(
+        title=f"{about[0]}: does what was erased come back?",
+        lines=(", ".join(about[1:]), notes),
+        x_title="layer that is read",
+        panels=tuple(replace(panel, y_range=(low, high)) for panel in panels),
+        across=3,
+        width=WIDTH,
+        one_legend=True,
+        linear=True,
+    )
+
+
+def _downstream_panel(told: Sequence[Row], several: Mapping[str, bool], measure: str) -> CurvePanel:
+    told = sorted(told, key=lambda row: number(row["layer"]))
+    first, x = told[0], _column(told, "layer")
+    head = "" if missing(first["erased_head"]) else f", head {text(first['erased_head'])}"
+    parts = [text(first["probe"]) if several["probe"] else "", text(first["site"]) if several["site"] else ""]
+    title = ", ".join(
+        filter(None, [f"erased at {text(first['erased_site'])} {text(first['erased_layer'])}{head}", *parts])
+    )
+    chance = _column(told, "chance")
+    curves = [
+        Curve(name="before", x=x, y=_column(told, "score_before")),
+        Curve(name="after", x=x, y=_column(told, "score_after")),
+    ]
+    if any(map(math.isfinite, chance)):
+        curves.append(Curve(name="best baseline", x=x, y=chance, look="reference"))
+    return CurvePanel(title=title, y_title=measure, curves=tuple(curves))
+
+
+def baseline_words(rows: pd.DataFrame) -> str:
+    """The metric without an intervention, mean over prompts; empty where it is not known.
+
+    Args:
+        rows: `causal_effects` of one metric.
+    """
+    known = [number(value) for value in having(rows, group=ALL)["baseline"] if math.isfinite(number(value))]
+    return figure(known[0]) if known else ""
