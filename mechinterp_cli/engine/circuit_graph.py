@@ -170,8 +170,7 @@ class Graph:
         Args:
             items: Which items.
         """
-        kept: Bool[np.ndarray, " edges"] = items[self.edge_item]
-        return kept
+        return np.take(items, self.edge_item)
 
     def sources_before(self, target: Target) -> tuple[Source, ...]:
         """What a target reads."""

@@ -21,14 +21,25 @@ class _Stop(BaseException):
 def forward_until(model: nn.Module, tokens: Tensor, module: nn.Module, done: Callable[[Any], bool]) -> None:
     """Run the model on `tokens` and stop when `module` has returned and `done(its output)` is true.
 
-    The module ends as it always does, hooks of others included (those that move weights too). Exceptions of
-    anyone else pass through.
-
     Args:
         model: The model, in evaluation mode.
         tokens: Ids [prompts, positions].
         module: One of its modules.
-        done: Whether the pass may end; asked each time that the module returns.
+        done: As in `run_until`.
+    """
+    run_until(lambda: forward(model, tokens.to(device_of(model)), last_only=True), module, done)
+
+
+def run_until(run: Callable[[], Any], module: nn.Module, done: Callable[[Any], bool]) -> None:
+    """Call `run` and end it when `module` has returned and `done(its output)` is true.
+
+    The module ends as it always does, hooks of others included (those that move weights too). Exceptions of
+    anyone else pass through.
+
+    Args:
+        run: Runs the module, among others.
+        module: What is waited for.
+        done: Whether the call may end; asked each time that the module returns.
     """
     stop = _Stop()
 
@@ -37,7 +48,7 @@ def forward_until(model: nn.Module, tokens: Tensor, module: nn.Module, done: Cal
             raise stop
 
     with hooked([module.register_forward_hook(hook)]):
-        _run(model, tokens, stop)
+        _run(run, stop)
 
 
 @torch.no_grad()
@@ -55,12 +66,12 @@ def forward_up_to(model: nn.Module, tokens: Tensor, module: nn.Module) -> None:
         raise stop
 
     with hooked([module.register_forward_pre_hook(hook)]):
-        _run(model, tokens, stop)
+        _run(lambda: forward(model, tokens.to(device_of(model)), last_only=True), stop)
 
 
-def _run(model: nn.Module, tokens: Tensor, stop: _Stop) -> None:
+def _run(run: Callable[[], Any], stop: _Stop) -> None:
     try:
-        forward(model, tokens.to(device_of(model)), last_only=True)
+        run()
     except _Stop as caught:
         if caught is not stop:
             raise
