@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mechinterp_cli.config.model import ModelOptions
 from mechinterp_cli.errors import RunError, UserError
-from mechinterp_cli.methods.ablate.directions import orthonormal, read_directions
+from mechinterp_cli.methods.directions import orthonormal, read_directions
 from mechinterp_cli.methods.ablate.expand import expand, find, names, overlapping
 from mechinterp_cli.methods.ablate.options import AblateOptions, RankingRun
 from mechinterp_cli.methods.ablate.ranking import Ranking, explain, load_ranking
@@ -352,6 +352,12 @@ def test_layers_choose_among_the_file(units_of: Units, file: File) -> None:
         units_of({"kind": "direction", "file": path, "layers": {"window": 2}})
 
 
+def test_a_file_of_probes_has_views_and_heads_too(units_of: Units, file: File) -> None:
+    tensors = {"resid_post.2@span S": torch.ones(D), "resid_post.2@last": torch.eye(D)[:2], "z.1.0": torch.ones(8)}
+    units = units_of({"kind": "direction", "file": file(tensors), "layers": [2]})
+    assert [unit.name for unit in units] == ["resid_post.2@last", "resid_post.2@span S"]
+
+
 def test_two_files_give_two_names(units_of: Units, file: File) -> None:
     a, b = file({"resid_post.2": torch.ones(D)}, "a"), file({"resid_post.2": torch.ones(D)}, "b")
     units = units_of({"kind": "direction", "file": a}, {"kind": "direction", "file": b})
@@ -365,7 +371,8 @@ def test_two_files_give_two_names(units_of: Units, file: File) -> None:
         ({"resid_post.1": torch.ones(2, D + 1)}, f"of shape [2, {D + 1}], not [directions, {D}] or [{D}]"),
         ({"resid_post.1": torch.ones(1, 2, D)}, f"of shape [1, 2, {D}], not"),
         ({"resid_post.1": torch.ones(0, D)}, f"of shape [0, {D}], not"),
-        ({"z.1": torch.ones(D)}, "'z.1' names no site; the file holds z.1 | Tensors are named SITE.LAYER"),
+        ({"z.1": torch.ones(D)}, "holds z.1, and no direction of the residual stream | Tensors are named SITE.LAYER"),
+        ({"resid_post.1.0": torch.ones(D)}, "'resid_post.1.0' names no site; the file holds resid_post.1.0"),
         ({"probe": torch.ones(D), "x": torch.ones(D)}, "'probe' names no site; the file holds probe, x"),
         ({"resid_post.01": torch.ones(D)}, "'resid_post.01' names no site"),
         ({"embed.1": torch.ones(D)}, "embed.1: embed is what enters layer 0"),

@@ -16,10 +16,10 @@ from torch import Tensor
 from mechinterp_cli.config.loader import LoadedConfig
 from mechinterp_cli.config.problems import nearest
 from mechinterp_cli.errors import UserError
-from mechinterp_cli.methods.ablate.directions import Direction, read_directions
 from mechinterp_cli.methods.ablate.options import UnitBlock, UnitKind
 from mechinterp_cli.methods.ablate.overlap import overlapping
 from mechinterp_cli.methods.ablate.units import Part, Unit, place_label
+from mechinterp_cli.methods.directions import Direction, read_directions
 from mechinterp_cli.methods.places import Binder, KeyPath, LayerWindow
 from mechinterp_cli.methods.specs import Place
 from mechinterp_cli.models.anatomy import Anatomy

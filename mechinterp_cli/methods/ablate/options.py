@@ -35,7 +35,8 @@ class UnitBlock(BaseConfig):
     keys: Spots | None = None
     """For edge: the key tokens (positions or spans) that are no longer seen."""
     file: Text | None = None
-    """For direction: a .safetensors file of tensors [directions, d_model] named `SITE.LAYER` (`resid_post.12`)."""
+    """For direction: a .safetensors file of tensors [directions, d_model] named `SITE.LAYER` (`resid_post.12`), such as
+    `directions.safetensors` of a `probe` run."""
 
 
 class MeanOptions(BaseConfig):

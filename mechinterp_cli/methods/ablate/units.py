@@ -7,8 +7,8 @@ from functools import lru_cache
 
 from torch import Tensor
 
-from mechinterp_cli.methods.ablate.directions import joined
 from mechinterp_cli.methods.ablate.options import UnitKind
+from mechinterp_cli.methods.directions import joined
 from mechinterp_cli.methods.specs import Place
 
 

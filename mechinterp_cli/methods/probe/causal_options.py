@@ -12,11 +12,15 @@ from mechinterp_cli.methods.probe.interventions import Intervention
 
 Strengths = Annotated[tuple[Number, ...], Field(min_length=1)]
 Stream = Literal["clean", "corrupt"]
+LinearProbe = Literal["logistic", "mass_mean", "mass_mean_whitened", "lda", "ridge"]
+"""Probes that have directions."""
 
 
 class CausalOptions(BaseConfig):
     """Interventions on what a probe found, beside random directions, on prompts that no direction was fitted on."""
 
+    probe: LinearProbe | None = None
+    """Whose directions, of the section's `probes`; null: the first linear one's."""
     hold_out: Fraction = 0.5
     """Share of the clusters of prompts (facts, nouns, groups) that no direction is fitted on: its prompts are measured.
     Scores are of cross-validation over all prompts, as without `causal`."""

@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from safetensors.torch import save
 from torch import Tensor
 
+from mechinterp_cli.methods.probe.causal_options import LinearProbe
 from mechinterp_cli.methods.probe.logistic import Tasks, fit_site
 from mechinterp_cli.methods.probe.means import linear_discriminant, mass_mean
 from mechinterp_cli.methods.probe.options import ProbeName
@@ -22,8 +23,7 @@ from mechinterp_cli.methods.probe.sites import Reading
 
 FILE = "directions"
 """Its name in the run directory, before the number of the checkpoint where there are several."""
-LINEAR: tuple[ProbeName, ...] = tuple(name for name in get_args(ProbeName) if name != "mlp")
-"""Probes that have directions."""
+LINEAR: tuple[ProbeName, ...] = get_args(LinearProbe)
 PENALISED: tuple[ProbeName, ...] = ("logistic", "ridge")
 _DEPENDENT = 1e-6
 """Singular values of weights below this share of the largest are none."""

@@ -1,7 +1,7 @@
 """`probe` on one model: activations in one pass, probes of all of them, and what their scores are set beside."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -15,9 +15,11 @@ from mechinterp_cli.methods.bench import Bench
 from mechinterp_cli.methods.experiment import Experiment, Setting, Tables, prepares
 from mechinterp_cli.methods.places import Binder
 from mechinterp_cli.methods.probe.activations import Activations, Keeping, Source, activations
+from mechinterp_cli.methods.probe.chance import with_chance
+from mechinterp_cli.methods.probe.exchange import Integers
 from mechinterp_cli.methods.probe.fitting import Fitting, save_directions, usual_penalties
 from mechinterp_cli.methods.probe.follow import FollowUp
-from mechinterp_cli.methods.probe.follow_checks import first_linear, follow_up, with_directions
+from mechinterp_cli.methods.probe.follow_checks import follow_up, with_directions, with_name
 from mechinterp_cli.methods.probe.honesty import leak_warnings
 from mechinterp_cli.methods.probe.options import OF_NUMBERS, ProbeName, ProbeOptions
 from mechinterp_cli.methods.probe.projections import projection_rows
@@ -89,10 +91,10 @@ class ProbeExperiment(Experiment):
         for number, readout in enumerate(self.readouts):
             bench.progress.advance(number, len(self.readouts))
             x = self._x(found, readout.reading)
-            rows += [self._place(readout.reading) | row for row in readout.rows(self.names, x)]
+            rows += [self._place(readout.reading) | row for row in readout.rows(self.names, x, self._exchanged(readout))]
             if self.options.code_length:
                 codes.append(self._place(readout.reading) | readout.code(x))
-        rows += self._baselines(bench)
+        rows = with_chance(rows) + self._baselines(bench)
         labels = list(map(_plain, label_rows(self.examples)))
         tables: dict[str, Any] = {"probes": rows, "labels": labels}
         bench.stage("projections of held-out samples")
@@ -103,8 +105,8 @@ class ProbeExperiment(Experiment):
         return tables | self._followed(found, rows, bench)
 
     def _followed(self, found: Activations, rows: Sequence[Row], bench: Bench) -> dict[str, Any]:
-        """Save the directions of the first linear probe, and try them in the model where that is asked."""
-        name, follow = first_linear(self.names), self.follow
+        """Save the directions of a linear probe, and try them in the model where that is asked."""
+        name, follow = with_name(self.names, self.options.causal), self.follow
         if name is None:
             return {}
         bench.stage("fitting directions")
@@ -126,7 +128,7 @@ class ProbeExperiment(Experiment):
         save_directions(bench, fitted)
         if follow is None or not fitted:
             return {}
-        return follow.tables(fitted, Scores(rows, self.readouts, name).of, bench)
+        return follow.tables(fitted, Scores(rows, self.readouts, name, self.names[0]).of, bench)
 
     def _activations(self, model: LoadedModel, bench: Bench) -> Activations:
         engine = self.loaded.config.engine
@@ -187,6 +189,14 @@ class ProbeExperiment(Experiment):
             if not self.examples.per_word:
                 found |= dict.fromkeys(leak_warnings(texts, readout.problem.groups, readout.problem.nested.outer))
         return list(found)
+
+    def _exchanged(self, readout: Readout) -> Integers:
+        """Draws of labels, the same at all places that read the same samples."""
+        return self._draws[readout.reading.examples]
+
+    @cached_property
+    def _draws(self) -> Mapping[tuple[int, ...], Integers]:
+        return {readout.reading.examples: readout.draws() for readout in self._by_samples}
 
     @cached_property
     def _by_samples(self) -> Sequence[Readout]:

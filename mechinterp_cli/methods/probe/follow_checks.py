@@ -19,8 +19,10 @@ from mechinterp_cli.tasks.prompts import PromptSet
 PATH: KeyPath = ("probe", "causal")
 
 
-def first_linear(names: Sequence[ProbeName]) -> ProbeName | None:
-    """The probe whose directions are kept and tried."""
+def with_name(names: Sequence[ProbeName], options: CausalOptions | None) -> ProbeName | None:
+    """The probe whose directions are kept and tried: the one that is named, or the first linear one."""
+    if options is not None and options.probe is not None:
+        return options.probe
     return next((name for name in names if name in LINEAR), None)
 
 
@@ -44,10 +46,13 @@ def follow_up(
         UserError: No linear probe, no place with one position, prompts without answers, too few to be split, a position
             or a layer that is not there; names the key.
     """
-    loaded, name = setting.loaded, first_linear(names)
+    loaded, name = setting.loaded, with_name(names, options)
     if name is None:
         problem = f"directions need a linear probe, and probes are {', '.join(names)}"
         raise loaded.error(PATH, problem, "Put logistic, mass_mean or lda first in probe.probes.")
+    if name not in names:
+        problem = f"{name} is not among probe.probes, which are {', '.join(names)}"
+        raise loaded.error((*PATH, "probe"), problem, "Add it there, or leave the key out.")
     places = with_directions(readouts)
     if not places:
         problem = "every site block averages several positions, and what was found there is at none of them"

@@ -13,6 +13,7 @@ from mechinterp_cli.methods.probe.sites import ProbeSites
 ProbeName = Literal["logistic", "mass_mean", "mass_mean_whitened", "lda", "mlp", "ridge"]
 Baseline = Literal["majority", "bag", "random_weights"]
 Penalty = Annotated[Number, Field(gt=0)]
+Draws = Annotated[int, Field(strict=True, ge=0)]
 FoldCount = Annotated[int, Field(strict=True, ge=2)]
 
 OF_NUMBERS = ("ridge",)
@@ -43,12 +44,14 @@ class ProbeOptions(MethodOptions):
     control: Flag = True
     """Where words are labelled: also probe labels drawn once per word type (Hewitt & Liang 2019); accuracy less theirs
     is the selectivity."""
+    permutations: Draws = 199
+    """How often labels are permuted for the p-value beside a score, and for what is scored by chance; 0: none."""
     code_length: Flag = False
     """Online code length of the labels in bits (Voita & Titov 2020), by logistic probes."""
     causal: CausalOptions | None = None
-    """Does the model use what the first linear probe reads? Its directions are erased, steered along or swapped in the
+    """Does the model use what a linear probe reads? Its directions are erased, steered along or swapped in the
     model, beside random ones, on prompts that they were not fitted on; measured by `metrics`. Null: not asked."""
     seed: Seed = 0
-    """Of folds, control labels, the random weights, and the order in which code length takes samples."""
+    """Of folds, control labels, permutations, the random weights, and the order in which code length takes samples."""
     cache: CacheUse = "auto"
     """Activations in files that later runs use again: `auto` where memory does not hold them, `always`, `never`."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from mechinterp_cli.methods.beside import estimate
+from mechinterp_cli.methods.beside import Floats, estimate
 from mechinterp_cli.methods.probe.options import ProbeName
 from mechinterp_cli.methods.probe.readout import LABEL, Readout
 from mechinterp_cli.methods.probe.verdicts import Readability
@@ -23,11 +23,13 @@ class Scores:
         rows: Of the table `probes`.
         readouts: All places, with what was right at each.
         name: Which probe.
+        beside: The probe that baselines are of.
     """
 
     rows: Sequence[Row]
     readouts: Sequence[Readout]
     name: ProbeName
+    beside: ProbeName
 
     def of(self, readout: Readout) -> Readability:
         """Of one place: score, p where there is one, the best baseline, and the 90 % interval of the difference.
@@ -42,8 +44,8 @@ class Scores:
         score, p = float(row["score"]), row.get("p")
         if best is None:
             return Readability(score, p)
-        correct = self._correct(readout, None)
-        beside = self._correct(readout, best["baseline"])
+        correct = self._correct(readout, self.name, None)
+        beside = self._correct(readout, self.beside, best["baseline"])
         if correct is None:
             return Readability(score, p, float(best["score"]))
         difference = correct - (float(best["score"]) if beside is None else beside)
@@ -59,11 +61,11 @@ class Scores:
         beside = [row for row in self._baselines if row["label"] in (reading.label, reading.view.name)]
         return max(beside, key=lambda row: float(row["score"]), default=None)
 
-    def _correct(self, readout: Readout, baseline: str | None) -> "np.ndarray[Any, np.dtype[np.float64]] | None":
+    def _correct(self, readout: Readout, probe: ProbeName, baseline: str | None) -> Floats | None:
         """[samples] of the place itself, or of another one of its view."""
         name = readout.reading.view.name
         alike = [readout, *(other for other in self.readouts if other.reading.view.name == name)]
-        known = (one.correct[self.name, baseline] for one in alike if (self.name, baseline) in one.correct)
+        known = (one.correct[probe, baseline] for one in alike if (probe, baseline) in one.correct)
         found = next(known, None)
         return None if found is None else found.double().cpu().numpy()
 
@@ -74,7 +76,7 @@ class Scores:
 
     @cached_property
     def _baselines(self) -> Sequence[Row]:
-        return [row for row in self._whole if row["baseline"] is not None and row["probe"] in (self.name, None)]
+        return [row for row in self._whole if row["baseline"] is not None]
 
     @cached_property
     def _whole(self) -> Sequence[Row]:

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from mechinterp_cli.errors import UserError
 from mechinterp_cli.models.anatomy import Anatomy
-from mechinterp_cli.models.kinds import RESIDUAL_KINDS
+from mechinterp_cli.models.kinds import HEAD_KINDS, NEURON_KINDS, RESIDUAL_KINDS
 from mechinterp_cli.text import visible
 
-_NAME = re.compile(r"(?P<site>[a-z_]+)\.(?P<layer>0|[1-9][0-9]{0,5})")
+_NUMBER = "0|[1-9][0-9]{0,5}"
+_NAME = re.compile(rf"(?P<site>[a-z_]+)\.(?P<layer>{_NUMBER})(?P<head>\.(?:{_NUMBER}))?(?:@(?P<view>.+))?")
 _NAMING = "Tensors are named SITE.LAYER, such as resid_post.12."
 _DEPENDENT = 1e-4
 """Rows of length 1 whose smallest singular value is no larger are dependent."""
@@ -44,14 +45,19 @@ def read_directions(file: str, anatomy: Anatomy) -> list[Direction]:
     """Read and check a file of directions, by layer and site.
 
     Args:
-        file: A .safetensors file of tensors [directions, d_model] or [d_model], each named `SITE.LAYER`.
+        file: A .safetensors file of tensors [directions, d_model] or [d_model], each named `SITE.LAYER`; `@` and what
+            was read may follow, as `probe` leaves it. Its tensors of heads and neurons are passed over.
         anatomy: The model that they are of.
 
     Raises:
         UserError: It cannot be read, or a tensor is not of this model, has a row of length zero or dependent rows.
     """
     tensors = _read(file)
-    found = [_direction(name, tensor, tensors, anatomy) for name, tensor in tensors.items()]
+    chosen = {name: tensor for name, tensor in tensors.items() if not _within_layer(name)}
+    if not chosen:
+        shown = visible(", ".join(list(tensors)[:_SHOWN]))
+        raise UserError(f"{visible(file)!r} holds {shown}, and no direction of the residual stream", _NAMING)
+    found = [_direction(name, tensor, tensors, anatomy) for name, tensor in chosen.items()]
     return sorted(found, key=lambda direction: (direction.layer, RESIDUAL_KINDS.index(direction.site)))
 
 
@@ -72,6 +78,12 @@ def _read(file: str) -> dict[str, Tensor]:
     return tensors
 
 
+def _within_layer(name: str) -> bool:
+    """Whether a tensor is of heads or neurons."""
+    match = _NAME.fullmatch(name)
+    return match is not None and match["site"] in (*HEAD_KINDS, *NEURON_KINDS)
+
+
 def _direction(name: str, tensor: Tensor, tensors: dict[str, Tensor], anatomy: Anatomy) -> Direction:
     site, layer = _site(name, list(tensors), anatomy)
     if tensor.ndim not in (1, 2) or tensor.shape[-1] != anatomy.d_model or tensor.numel() == 0:
@@ -85,7 +97,7 @@ def _direction(name: str, tensor: Tensor, tensors: dict[str, Tensor], anatomy: A
 def _site(name: str, names: Sequence[str], anatomy: Anatomy) -> tuple[str, int]:
     """The site and layer that a tensor's name says."""
     match = _NAME.fullmatch(name)
-    if match is None or match["site"] not in RESIDUAL_KINDS:
+    if match is None or match["site"] not in RESIDUAL_KINDS or match["head"] is not None:
         more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
         problem = f"{visible(name)!r} names no site; the file holds {visible(', '.join(names[:_SHOWN]))}{more}"
         raise UserError(problem, f"{_NAMING} Sites: {', '.join(RESIDUAL_KINDS)}.")
