@@ -54,6 +54,13 @@ NAMES: dict[str, Names] = {
         "self_attn.o_proj",
         "mlp.down_proj",
     ),
+    "olmo2": Names(
+        "model.layers",
+        "post_attention_layernorm",
+        "post_feedforward_layernorm",
+        "self_attn.o_proj",
+        "mlp.down_proj",
+    ),
     "phi": Names("model.layers", "self_attn", "mlp", "self_attn.dense", "mlp.fc2", parallel=True),
     "granite": Names("model.layers", "self_attn", "mlp", "self_attn.o_proj", "mlp.down_proj", scale=0.4, scaling=0.5),
     "gpt_oss": Names("model.layers", "self_attn", "mlp", "self_attn.o_proj", None),
