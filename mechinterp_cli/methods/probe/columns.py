@@ -128,6 +128,8 @@ register_columns(
         *_indices("n_train"),
         *_counts("n"),
         *_reals("score", "ci_low", "ci_high", "selectivity"),
+        # Of permuted labels; `statistic` is the score that draws are compared with.
+        *_reals("p", "p_adjusted", "statistic"),
         *_indices("unconverged"),
     ],
     keys=(*_PLACE_KEYS, "probe", "target", "baseline", "split", "fold"),

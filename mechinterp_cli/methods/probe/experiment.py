@@ -91,7 +91,8 @@ class ProbeExperiment(Experiment):
         for number, readout in enumerate(self.readouts):
             bench.progress.advance(number, len(self.readouts))
             x = self._x(found, readout.reading)
-            rows += [self._place(readout.reading) | row for row in readout.rows(self.names, x, self._exchanged(readout))]
+            drawn = self._draws[readout.reading.examples]
+            rows += [self._place(readout.reading) | row for row in readout.rows(self.names, x, drawn)]
             if self.options.code_length:
                 codes.append(self._place(readout.reading) | readout.code(x))
         rows = with_chance(rows) + self._baselines(bench)
@@ -190,12 +191,9 @@ class ProbeExperiment(Experiment):
                 found |= dict.fromkeys(leak_warnings(texts, readout.problem.groups, readout.problem.nested.outer))
         return list(found)
 
-    def _exchanged(self, readout: Readout) -> Integers:
-        """Draws of labels, the same at all places that read the same samples."""
-        return self._draws[readout.reading.examples]
-
     @cached_property
     def _draws(self) -> Mapping[tuple[int, ...], Integers]:
+        """Permuted labels, the same at all places that read the same samples."""
         return {readout.reading.examples: readout.draws() for readout in self._by_samples}
 
     @cached_property

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from mechinterp_cli.config.schema import StatsOptions
+from mechinterp_cli.methods.probe.chance import CHANCE, chance
 from mechinterp_cli.methods.probe.code_length import code_length
+from mechinterp_cli.methods.probe.exchange import Integers, exchanges
 from mechinterp_cli.methods.probe.honesty import accuracy_interval, control_labels, majority_score
 from mechinterp_cli.methods.probe.logistic import Tasks, fit_site
 from mechinterp_cli.methods.probe.options import ProbeName, ProbeOptions
@@ -40,16 +42,31 @@ class Readout:
     stats: StatsOptions
     correct: dict[tuple[ProbeName, str | None], Tensor] = field(default_factory=dict)
 
-    def rows(self, names: Sequence[ProbeName], x: Tensor) -> Iterator[Row]:
-        """Of every probe on activations [n, d]: over all folds, and of each fold in training and in test."""
+    def rows(self, names: Sequence[ProbeName], x: Tensor, exchanged: Integers) -> Iterator[Row]:
+        """Of every probe: over all folds, and of each fold in training and in test.
+
+        Args:
+            names: The probes.
+            x: [n, d] activations.
+            exchanged: [draws, n] whose label a sample has in permuted ones; the first row has its `chance`.
+        """
         for name in names:
             found = fit(name, x, self.problem, self.options)
             self.correct[name, None] = found.correct
             control = None if self.control is None else fit(name, x, self.control, self.options)
-            yield self._whole(found, name, control)
+            by_chance = chance(name, x, self.problem, self.options.penalties, exchanged)
+            yield self._whole(found, name, control) | {CHANCE: by_chance}
             if control is not None:
                 yield self._whole(control, name, None) | {"target": CONTROL}
             yield from self._by_fold(found, name)
+
+    def draws(self) -> Integers:
+        """Permuted labels, [draws, n]: the sample whose label a sample has."""
+        problem, options = self.problem, self.options
+        texts, folds = self.reading.view.prompts, problem.nested.outer
+        return exchanges(
+            problem.targets.tolist(), texts, problem.groups, folds, draws=options.permutations, seed=options.seed
+        )
 
     def beside(self, name: ProbeName, baseline: str, x: Tensor) -> Row:
         """The same probe on something else than the model's activations."""
