@@ -180,9 +180,9 @@ def test_neither_memory_nor_batch_nor_the_place_that_is_read_changes_anything() 
     together = EdgePatching(wiring, pairs).run(masks, logits_of, told.append)
     small = EdgePatching(wiring, pairs, memory=20_000)
     assert len(small.parts) > 1
-    torch.testing.assert_close(small.run(masks, logits_of), together, rtol=0, atol=1e-6)
+    assert far(small.run(masks, logits_of), together, together) <= 2e-6
     one = EdgePatching(wiring, pairs.part(1, 2)).run(masks[2:3], logits_of)
-    torch.testing.assert_close(one[0, 0], together[2, 1], rtol=0, atol=1e-6)
+    assert far(one[0, 0], together[2, 1], together) <= 2e-6
     assert told[-1] == len(masks)
     plain = PlainEdges("granite", wiring.graph, wiring.model)
     want = plain.run(pairs.own, pairs.other, masks[2])[torch.arange(3), pairs.read]
