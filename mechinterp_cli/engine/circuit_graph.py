@@ -34,8 +34,6 @@ TargetKind = Literal["q", "k", "v", "mlp", "logits"]
 ATTENTION_TARGETS: tuple[Literal["q", "k", "v"], ...] = ("q", "k", "v")
 ARROW = "->"
 
-Indices = Int[np.ndarray, " n"]
-
 
 @dataclass(frozen=True, order=True)
 class Source:
@@ -162,7 +160,7 @@ class Graph:
         """The item that every edge belongs to; int32."""
         if self.granularity == "edge":
             return np.arange(self.n_edges, dtype=np.int32)
-        return (self.edge_span * len(self.sources) + self.edge_source).astype(np.int32)
+        return np.asarray(self.edge_span * len(self.sources) + self.edge_source, dtype=np.int32)
 
     def edges_of(self, items: Bool[np.ndarray, " items"]) -> Bool[np.ndarray, " edges"]:
         """Which edges some items have.
@@ -205,7 +203,8 @@ class Graph:
 
     def edge_name(self, edge: int) -> str:
         """`a3.h5->m7`, with `@span` where there are several spans."""
-        ends = f"{self.sources[self.edge_source[edge]].name}{ARROW}{self.targets[self.edge_target[edge]].name}"
+        source, target = self.sources[self.edge_source[edge]], self.targets[self.edge_target[edge]]
+        ends = f"{source.name}{ARROW}{target.name}"
         return ends if len(self.spans) == 1 else f"{ends}@{self.spans[self.edge_span[edge]]}"
 
     def edge_named(self, name: str) -> int:

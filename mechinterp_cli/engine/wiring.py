@@ -68,28 +68,39 @@ class Wiring:
         found |= {Site("mlp_out", layer.index) for layer in layers if layer.mlp_out is not None}
         return frozenset(found | {Site("attn_out", i) for i, normed in enumerate(self.normed) if normed})
 
-    def written(self, seen: Mapping[Site, Tensor]) -> Float[Tensor, "sources n positions d_model"]:
+    def written(self, seen: Mapping[Site, Tensor]) -> Float[Tensor, "n sources positions d_model"]:
         """What every source adds to the residual stream, in the graph's order; float32 at least.
 
         Args:
             seen: Activations [n, positions, *features] of one pass at `sites`.
         """
         embed = widened(seen[EMBED])
-        found = embed.new_empty(len(self.graph.sources), *embed.shape)
+        found = embed.new_empty(len(embed), len(self.graph.sources), *embed.shape[1:])
         for index, source in enumerate(self.graph.sources):
             if source.kind == "embed":
-                found[index] = embed
+                found[:, index] = embed
             elif source.kind == "mlp":
-                found[index] = seen[Site("mlp_out", source.layer)]
+                found[:, index] = seen[Site("mlp_out", source.layer)]
             elif source.head == 0:
                 added = seen.get(Site("attn_out", source.layer))
                 heads = self.head_outputs(source.layer, seen[Site("z", source.layer)], added)
-                found[index : index + len(heads)] = heads
+                found[:, index : index + heads.shape[1]] = heads
         return found
+
+    def changed(
+        self, base: Mapping[Site, Tensor], source: Mapping[Site, Tensor]
+    ) -> Float[Tensor, "n sources positions d_model"]:
+        """`written(source)` − `written(base)`.
+
+        Args:
+            base: Activations of one pass at `sites`.
+            source: Those of another.
+        """
+        return self.written(source).sub_(self.written(base))
 
     def head_outputs(
         self, layer: int, z: Float[Tensor, "n positions heads d_value"], attn_out: Tensor | None
-    ) -> Float[Tensor, "heads n positions d_model"]:
+    ) -> Float[Tensor, "n heads positions d_model"]:
         """What every head of a layer adds to the residual stream; biases are left out.
 
         Args:
@@ -100,12 +111,12 @@ class Wiring:
         """
         output, wide = self.outputs[layer], widened(z)
         writes = torch.unflatten(output.matrix[0], 0, z.shape[2:]).to(wide)
-        found = torch.matmul(wide.permute(2, 0, 1, 3), writes[:, None])
+        found = torch.matmul(wide.transpose(1, 2), writes)
         if not self.normed[layer]:
             return found
         assert attn_out is not None
         scale = output.scale(wide.flatten(2).flatten(0, 1), widened(attn_out).flatten(0, 1)[:, None])
-        return found / scale.view(1, *z.shape[:2], 1)
+        return found / scale.view(len(z), 1, -1, 1)
 
     def constant(self, before: int) -> Float[Tensor, " d_model"]:
         """What attention's biases add to the stream that enters a layer."""
@@ -249,12 +260,12 @@ class _Proof:
 
     def _deviation(self, wiring: Wiring) -> float:
         """Largest error of the sums that targets read."""
-        sums = wiring.written(self.seen).cumsum(0)
+        sums = wiring.written(self.seen).cumsum(1)
         worst = 0.0
         for target, reads in zip(self.graph.targets, self.graph.reads, strict=True):
             want = self.seen[self._read(target.kind, target.layer)]
             done = target.layer + (target.kind == "mlp" and not is_parallel(self.anatomy.layers[target.layer]))
-            error = sums[reads - 1] + wiring.constant(done) - want
+            error = sums[:, reads - 1] + wiring.constant(done) - want
             worst = max(worst, float(error.abs().max() / want.abs().max()))
         return worst
 
