@@ -48,6 +48,15 @@ EXPERIMENTS = {
 
     Example: mechinterp probe configs/probe-toy.yaml --out runs
     """,
+    "circuit": """Find the edges that carry a behaviour, and test whether they are the whole story.
+
+    Edges are scored on some prompts; circuits of every size are run on others by patching all other edges. Beside them
+    random circuits, a reference, and tests: is the circuit enough, needed, no larger than it must be?
+
+    Prints the run directory's path on stdout; pictures and messages go to stderr.
+
+    Example: mechinterp circuit configs/circuit-planted.yaml --out runs
+    """,
 }
 """Subcommand to its help."""
 

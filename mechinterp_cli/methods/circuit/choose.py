@@ -260,3 +260,9 @@ def first_sizes(chosen: Sequence[Chosen]) -> Floats:
     for circuit in reversed(chosen):
         first[circuit.kept] = circuit.size
     return first
+
+
+def jaccard(a: Bools, b: Bools) -> float:
+    """Members of both over members of either; NaN where there are none."""
+    either = int((a | b).sum())
+    return int((a & b).sum()) / either if either else float("nan")

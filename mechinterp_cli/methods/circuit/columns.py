@@ -31,7 +31,7 @@ _EDGE = [
     column("edge", _INDEX, required=True),
     *_required("source", "target"),
     *_counts("source_layer", "source_head", "target_layer", "target_head", "target_kv_head"),
-    column("input", _TEXT),  # q, k or v of a head; null of MLPs and logits
+    *_texts("input", "span"),  # q, k or v of a head; the span of positions, where edges are told apart by it
 ]
 _INTERVAL = [*_reals("ci_low", "ci_high"), column("ci_method", _TEXT)]
 # Of which circuit: by which score (or `given`, `reference`) and ranking, how large.

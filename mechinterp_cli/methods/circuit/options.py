@@ -17,8 +17,8 @@ MIB_SIZES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 RANKS: tuple[Rank, ...] = ("signed", "absolute")
 STEPPED = ("eap_ig_inputs", "eap_ig_activations")
 """Scores of several steps."""
-ONE_GRADIENT = ("eap", "clean_corrupted")
-"""Scores that read a gradient at the clean prompt."""
+LINEAR = ("eap", "eap_ig_inputs", "eap_ig_activations", "clean_corrupted")
+"""Scores made of gradients: linear in what an edge carries."""
 Share = Annotated[Number, Field(gt=0, le=1)]
 
 
@@ -99,7 +99,7 @@ class StabilityOptions(BaseConfig):
     """Of the draws."""
 
 
-class TestOptions(BaseConfig):
+class HypothesisOptions(BaseConfig):
     """Is the circuit enough, needed, and no larger than it must be? (Wang et al. 2211.00593; Shi et al. 2410.13032)."""
 
     size: Share | Literal["given", "reference"] = 0.01
@@ -140,6 +140,9 @@ class CircuitOptions(MethodOptions):
     """Of integrated gradients."""
     granularity: Level = "edges"
     """`edges`, or `nodes`: heads and MLPs, with all edges among those that are kept."""
+    spans: Literal["each"] | Annotated[tuple[Text, ...], Field(min_length=1), AfterValidator(unique)] | None = None
+    """Tell edges apart by position: names of spans (all else is one more, `rest`), or `each` position, which needs
+    prompts of one template and length. Null: an edge is one at all positions."""
     sizes: Annotated[tuple[Share, ...], Field(min_length=1), AfterValidator(_rising)] = MIB_SIZES
     """Shares of all edges (or nodes) that circuits keep: `int(share · all)`, less what is not connected."""
     select: Select = "top"
@@ -157,7 +160,7 @@ class CircuitOptions(MethodOptions):
     """A circuit to be evaluated: a file, or heads and edges."""
     reference: Given | None = None
     """A circuit that those found are compared with; it is evaluated too."""
-    tests: TestOptions | None = TestOptions()
+    tests: HypothesisOptions | None = HypothesisOptions()
     """Tests of one circuit; null: none."""
     stability: StabilityOptions | None = StabilityOptions()
     """Over resampled training prompts; null: none."""

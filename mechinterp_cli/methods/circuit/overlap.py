@@ -7,11 +7,10 @@ import numpy.typing as npt
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from mechinterp_cli.methods.beside import Row
-from mechinterp_cli.methods.circuit.choose import Bools, Topology, node_scores, nodes_of, strengths
+from mechinterp_cli.methods.circuit.choose import Bools, Topology, jaccard, node_scores, nodes_of, strengths
 from mechinterp_cli.methods.circuit.circuits import Circuit
 from mechinterp_cli.methods.circuit.options import Level, Rank
 from mechinterp_cli.methods.circuit.sets import Handmade
-from mechinterp_cli.methods.circuit.stability import jaccard
 
 Floats = npt.NDArray[np.float64]
 

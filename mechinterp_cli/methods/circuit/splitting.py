@@ -26,10 +26,6 @@ class Split:
     evaluate: tuple[int, ...]
     warnings: tuple[str, ...] = ()
 
-    def clusters(self, prompts: PromptSet, *, train: bool) -> list[str]:
-        """The clusters of one side."""
-        return [prompts.prompts[i].cluster for i in (self.train if train else self.evaluate)]
-
 
 def split(loaded: LoadedConfig, options: SplitOptions | None, prompts: PromptSet) -> Split:
     """Draw the training prompts.

@@ -2,13 +2,17 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from scipy.stats import rankdata
 
-from mechinterp_cli.methods.circuit.choose import Bools, Ranking, Topology, strengths
-from mechinterp_cli.methods.circuit.options import Rank, Select
+from mechinterp_cli.methods.beside import Row
+from mechinterp_cli.methods.circuit.choose import jaccard, strengths
+from mechinterp_cli.methods.circuit.layout import Layout
+from mechinterp_cli.methods.circuit.options import Rank, StabilityOptions
+from mechinterp_cli.methods.circuit.tables import Scored
 from mechinterp_cli.stats import choose_units, draw_weights
 
 Floats = npt.NDArray[np.float64]
@@ -31,48 +35,51 @@ class Stability:
     clusters: int
 
 
-def stability(
-    topology: Topology,
-    scores: Floats,
-    clusters: Sequence[str],
-    *,
-    rank: Rank,
-    select: Select,
-    of_nodes: bool,
-    size: float,
-    draws: int,
-    seed: int,
-) -> Stability:
+def stability(layout: Layout, scores: npt.NDArray[Any], asked: StabilityOptions) -> Stability:
     """Rank and choose again for every draw.
 
     Args:
-        topology: The graph.
-        scores: [edges, prompts].
-        clusters: Of the prompts; drawn as wholes where there are enough of them.
-        rank: By score, or by size.
-        select: How edges are chosen.
-        of_nodes: Whether nodes are.
-        size: Share that circuits keep.
-        draws: How many.
-        seed: Of the draws.
+        layout: The graph, and how edges are chosen.
+        scores: [edges, training prompts].
+        asked: Draws, and the size of the circuits.
     """
+    clusters, rank = layout.clusters("train"), layout.options.rank
     units = choose_units(np.asarray(clusters))
     sums, counts = units.sums(scores), units.sums(np.ones((1, len(clusters))))[0]
-    own = scores.mean(1)
-    circuit = _circuit(topology, own, rank, select, of_nodes, size)
-    ranks = _standardised(own, rank)
-    found_jaccard, found_correlation, held = [], [], np.zeros(len(topology))
-    for weights in draw_weights(units, draws=draws, seed=seed):
+    own = scores.mean(1, dtype=np.float64)
+    circuit, ranks = layout.ranking(own).at(asked.size).kept, _standardised(own, rank)
+    shared, correlation, held = [], [], np.zeros(len(own))
+    for weights in draw_weights(units, draws=asked.draws, seed=asked.seed):
         drawn = (sums @ weights) / (counts @ weights)
-        other = _circuit(topology, drawn, rank, select, of_nodes, size)
-        found_jaccard.append(jaccard(circuit, other))
-        found_correlation.append(float(ranks @ _standardised(drawn, rank)))
+        other = layout.ranking(drawn).at(asked.size).kept
+        shared.append(jaccard(circuit, other))
+        correlation.append(float(ranks @ _standardised(drawn, rank)))
         held += other
-    return Stability(np.array(found_jaccard), np.array(found_correlation), held / draws, units.clusters)
+    return Stability(np.array(shared), np.array(correlation), held / asked.draws, units.clusters)
 
 
-def _circuit(topology: Topology, scores: Floats, rank: Rank, select: Select, of_nodes: bool, size: float) -> Bools:
-    return Ranking.of(topology, scores, rank, select=select, of_nodes=of_nodes).at(size).kept
+def stability_rows(layout: Layout, scores: Sequence[Scored], asked: StabilityOptions) -> list[Row]:
+    """Jaccard and rank correlation of every score that has numbers by prompt.
+
+    Args:
+        layout: The graph, and how edges are chosen.
+        scores: All scores.
+        asked: Draws, and the size of the circuits.
+    """
+    rows = []
+    for score in (score for score in scores if score.by_prompt is not None):
+        assert score.by_prompt is not None
+        found = stability(layout, score.by_prompt, asked)
+        about = {"score": score.name, "rank": layout.options.rank, "metric": layout.metric}
+        counts = {"n": score.by_prompt.shape[1], "clusters": found.clusters}
+        for measure, values in {"jaccard": found.jaccard, "spearman": found.correlation}.items():
+            known = values[np.isfinite(values)]
+            if len(known):
+                low, high = map(float, np.percentile(known, [2.5, 97.5]))
+                size = asked.size if measure == "jaccard" else None
+                numbers = {"size": size, "mean": float(known.mean()), "low": low, "high": high, "draws": len(known)}
+                rows.append(about | {"measure": measure} | numbers | counts)
+    return rows
 
 
 def _standardised(scores: Floats, rank: Rank) -> Floats:
@@ -81,9 +88,3 @@ def _standardised(scores: Floats, rank: Rank) -> Floats:
     centred = ranks - ranks.mean()
     with np.errstate(invalid="ignore"):
         return np.asarray(centred / np.linalg.norm(centred))
-
-
-def jaccard(a: Bools, b: Bools) -> float:
-    """Members of both over members of either; NaN where there are none."""
-    either = int((a | b).sum())
-    return int((a & b).sum()) / either if either else float("nan")

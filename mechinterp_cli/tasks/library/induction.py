@@ -34,8 +34,8 @@ class InductionOptions(GeneratedOptions):
     seen: Count | None = None
     """Tokens of the block that are repeated before the answer is asked for, below `block`; null: half of them."""
     corruption: Literal["matched", "copied", "all"] = "matched"
-    """What changes: the first occurrence of the token to be matched, or of the one to be copied; or `all`: every token,
-    so that another sequence is repeated in the same way."""
+    """What changes: the first occurrence of the token to be matched, or of the one to be copied; or `all`: every token
+    is another one, and none is repeated."""
 
 
 @dataclass(frozen=True)
@@ -64,15 +64,15 @@ class _Shape:
 def build_induction(options: InductionOptions, encoder: Encoder) -> Built:
     """Draw `n` prompts of one length over ordinary tokens; each is its own cluster.
 
-    The wrong answer is the token that the corrupt prompt would make right (`copied`, `all`), or else another token of
-    the block, so that copying anything from the prompt is not enough (`matched`).
+    The wrong answer is the token that the corrupt prompt would make right (`copied`), or else another token of the
+    block, so that copying anything from the prompt is not enough (`matched`, `all`).
     """
     shape = _shape(options)
     if encoder.chat_template:
         raise UserError("task.chat_template: induction prompts are no messages", "Leave the key out.")
     draw = Draw(options.seed)
     pool = ordinary_tokens(encoder, draw)
-    needed = shape.fresh + (shape.fresh if options.corruption == "all" else 1)
+    needed = shape.fresh + (shape.fresh + shape.seen if options.corruption == "all" else 1)
     if len(pool) < needed:
         found = f"this tokenizer has {len(pool)} ordinary ones"
         cause = f"task induction: a prompt needs {needed} different tokens and {found}"
@@ -99,19 +99,12 @@ def _shape(options: InductionOptions) -> _Shape:
 def _prompt(options: InductionOptions, shape: _Shape, encoder: Encoder, tokens: Sequence[int], draw: Draw) -> Prompt:
     fresh, others = tokens[: shape.fresh], tokens[shape.fresh :]
     block = fresh[shape.prefix :]
-    clean, answer, new = _repeated(shape, fresh), block[shape.seen], others[0]
-    if options.corruption == "all":
-        return _finished(encoder, shape, clean, _repeated(shape, others), answer, others[shape.copied])
+    clean, answer, new = [*fresh, *block[: shape.seen]], block[shape.seen], others[0]
     changed = shape.matched if options.corruption == "matched" else shape.copied
-    corrupt = [*clean[:changed], new, *clean[changed + 1 :]]
+    corrupt = [*clean[:changed], new, *clean[changed + 1 :]] if options.corruption != "all" else list(others)
     foils = [token for i, token in enumerate(block) if i not in (shape.seen - 1, shape.seen)]
     other = draw.choice(foils) if foils else new
-    return _finished(encoder, shape, clean, corrupt, answer, other if options.corruption == "matched" else new)
-
-
-def _repeated(shape: _Shape, fresh: Sequence[int]) -> list[int]:
-    """Prefix and block, and the first tokens of the block again."""
-    return [*fresh, *fresh[shape.prefix : shape.prefix + shape.seen]]
+    return _finished(encoder, shape, clean, corrupt, answer, new if options.corruption == "copied" else other)
 
 
 def _finished(

@@ -1,0 +1,309 @@
+"""The view of a `circuit` run: curves and areas, the graph, tests, overlap with a reference, stability."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import pandas as pd
+from rich.console import Group
+
+from mechinterp_cli.report.cells import figure, interval, missing, number, probability, text
+from mechinterp_cli.report.checkpoints import checkpoints_of
+from mechinterp_cli.report.circuit_curves import circuit_name, edge_dots, faithfulness_curves
+from mechinterp_cli.report.circuit_graph import MAX_EDGES, GraphPicture, graph_picture
+from mechinterp_cli.report.rows import Row, distinct, having, records
+from mechinterp_cli.report.shapes import Curves, Dots, Picture
+from mechinterp_cli.report.tables import Column, line, text_table
+from mechinterp_cli.runs.manifest import Manifest
+
+TABLES = ("quality", "tests", "minimality", "completeness", "stability", "members", "evaluations")
+"""Those that a run may lack."""
+WHICH = ("score", "rank", "size", "threshold", "metric")
+NUMBERS = ("measure", "level", "test", "value", "faithfulness", "ci_low", "ci_high", "random_mean", "random_low")
+OTHERS = ("random_high", "kept", "nodes", "statistic", "low", "high", "margin", "p", "n", "verdict", "mean", "draws")
+HEADLINE = ("table", *WHICH, *NUMBERS, *OTHERS)
+"""Rows of several tables, told apart by `table`; what a table does not have is null."""
+AREAS = ("cpr", "cmd")
+AREA_OF = {"cpr": "signed", "cmd": "absolute"}
+"""By which ranking each area is taken (MIB, 2504.13151)."""
+BRIEF = 84
+"""Narrower terminals get no intervals."""
+
+
+@dataclass(frozen=True, eq=False)
+class CircuitView:
+    """Everything that is shown of a run; empty frames where it has no such table."""
+
+    faithfulness: pd.DataFrame
+    quality: pd.DataFrame
+    tests: pd.DataFrame
+    minimality: pd.DataFrame
+    completeness: pd.DataFrame
+    stability: pd.DataFrame
+    members: pd.DataFrame
+    rank: str
+    """The ranking whose circuits are drawn."""
+    metric: str
+    """The first, by which edges were scored."""
+    heads: int
+    """Query heads of a layer."""
+    grouped: int
+    """How many of them share a key and a value."""
+    about: tuple[str, ...]
+    """Task, model, checkpoint: for subtitles."""
+    count: int
+    """How many edges are listed."""
+
+    pages: ClassVar[Sequence[tuple[str, str]]] = ()
+    """No page of its own."""
+
+    @property
+    def pictures(self) -> Sequence[tuple[str, Picture]]:
+        """A graph for every score and given circuit, curves of every metric, edges taken out one by one."""
+        # Altair takes half a second to import, which the terminal's view need not wait for.
+        from mechinterp_cli.report import circuit_drawing, curves, dots
+
+        def drawing(shape: GraphPicture | Curves | Dots) -> Picture:
+            if isinstance(shape, GraphPicture):
+                return circuit_drawing.drawing(shape)
+            return curves.drawing(shape) if isinstance(shape, Curves) else dots.drawing(shape)
+
+        return [(name, drawing(shape)) for name, shape in self._shapes() if shape is not None]
+
+    def _shapes(self) -> Iterator[tuple[str, GraphPicture | Curves | Dots | None]]:
+        yield from self._graphs()
+        for metric in distinct(self.faithfulness, "metric"):
+            yield f"faithfulness-{metric}", faithfulness_curves(having(self.faithfulness, metric=metric), self.about)
+        yield f"minimality-{self.metric}", edge_dots(self._first(self.minimality), self.about)
+
+    def _first(self, rows: pd.DataFrame) -> pd.DataFrame:
+        """The rows of the first metric."""
+        return having(rows, metric=self.metric) if len(rows) else rows
+
+    def _graphs(self) -> Iterator[tuple[str, GraphPicture | None]]:
+        """Of every ranking the largest circuit whose edges are not too many to be seen; of others the whole."""
+        for score in distinct(self.members, "score"):
+            rows = having(self.members, score=score)
+            ranked = having(rows, rank=self.rank)
+            for threshold in rows["threshold"].dropna().unique().tolist():
+                name = f"graph-{score}-{threshold:g}"
+                yield name, self._graph(having(rows, threshold=threshold), score, f"threshold {threshold:g}")
+            if len(ranked):
+                size = _drawn_size(ranked)
+                chosen = ranked[(ranked["size"] <= size).fillna(False).to_numpy(dtype=bool)]
+                yield f"graph-{score}", self._graph(chosen, score, f"size {size:g}, {self.rank} scores")
+            elif rows["threshold"].isna().all():
+                yield f"graph-{score}", self._graph(rows, score, "")
+
+    def _graph(self, edges: pd.DataFrame, score: str, which: str) -> GraphPicture | None:
+        about = ", ".join(filter(None, (*self.about, which, f"{len(edges)} edges")))
+        title = f"The {score} circuit" if score in ("given", "reference") else f"The circuit by {score}"
+        lines = (about, "Width: size of the score." if edges["value"].notna().any() else "")
+        return graph_picture(edges, title=title, lines=lines, heads=self.heads, grouped=self.grouped)
+
+    def draw(self, width: int, plain: bool) -> Iterator[Any]:
+        """What rich prints: areas, curves, overlap, stability, tests, edges."""
+        yield from self._areas(width, plain)
+        yield from self._curves(width, plain)
+        yield from self._overlap(width, plain)
+        yield from self._tests(width, plain)
+        yield from self._edges(width, plain)
+        if sentences := list(self._sentences()):
+            yield Group(*[line(sentence, plain) for sentence in sentences])
+
+    def _areas(self, width: int, plain: bool) -> Iterator[Group]:
+        rows = [row for row in records(self._first(self.quality)) if AREA_OF.get(text(row["measure"])) == row["rank"]]
+        cells = []
+        for score in dict.fromkeys(text(row["score"]) for row in rows):
+            own = {text(row["measure"]): row for row in rows if text(row["score"]) == score}
+            cells.append({"score": score} | {name: _with_interval(own[name], "value", width) for name in AREAS})
+        if cells:
+            columns = {"score": Column(left=True), "cpr": Column(), "cmd": Column()}
+            random = [
+                f"{name} {figure(row['random_mean'], 2)}"
+                for name in AREAS
+                for row in rows[:2]
+                if row["measure"] == name
+            ]
+            beside = f"; random rankings: {', '.join(random)}" if all(part.split()[1:] for part in random) else ""
+            lines = (f"areas of the faithfulness of {self.metric}{beside}",)
+            yield text_table(cells, columns, lines=lines, width=width, plain=plain, notes=_AREA_NOTES)
+
+    def _curves(self, width: int, plain: bool) -> Iterator[Group]:
+        rows = records(self._first(self.faithfulness))
+        chosen = [row for row in rows if missing(row["rank"]) or row["rank"] == self.rank]
+        cells = [
+            {
+                "circuit": circuit_name(row),
+                "edges": text(row["kept"]),
+                "nodes": text(row["nodes"]),
+                "value": figure(row["value"]),
+                "faithfulness": _with_interval(row, "faithfulness", width),
+                "random": interval(row["random_low"], row["random_high"], 2),
+            }
+            for row in chosen
+        ]
+        if cells:
+            first = chosen[0]
+            ends = f"whole model {figure(first['full'])}, all edges patched {figure(first['empty'])}"
+            lines = (f"circuits, {self.rank} scores, {self.metric}: {ends}",)
+            yield text_table(cells, _CURVE, lines=lines, width=width, plain=plain, notes={"random": "middle 95 %"})
+
+    def _overlap(self, width: int, plain: bool) -> Iterator[Group]:
+        rows = [row for row in records(self.quality) if text(row["level"]) and row["rank"] in (self.rank, None, pd.NA)]
+        found: dict[tuple[str, str], dict[str, str]] = {}
+        for row in rows:
+            key = (circuit_name(row), text(row["level"]))
+            cells = found.setdefault(key, {"circuit": key[0], "of": key[1]})
+            cells[text(row["measure"]).replace("average_precision", "AP")] = figure(row["value"])
+        if found:
+            lines = ("beside the reference",)
+            yield text_table(list(found.values()), _OVERLAP, lines=lines, width=width, plain=plain)
+
+    def _tests(self, width: int, plain: bool) -> Iterator[Group]:
+        rows = records(self._first(self.tests))
+        cells = [
+            {
+                "test": text(row["test"]),
+                "verdict": text(row["verdict"]),
+                "statistic": figure(row["statistic"]),
+                "90 %": interval(row["low"], row["high"], 2),
+                "p": probability(row["p"]),
+                "n": text(row["n"]),
+            }
+            for row in rows
+        ]
+        for row in records(self._first(self.completeness))[:1]:
+            ends = {"90 %": "", "statistic": figure(row["difference"]), "verdict": text(row["verdict"])}
+            cells.append({"test": "completeness", "n": "", "p": "", **ends})
+        if cells:
+            named = rows or records(self.completeness)
+            lines = (f"tests of the circuit {circuit_name(named[0])}",)
+            yield text_table(cells, _TESTS, lines=lines, width=width, plain=plain, notes=_TEST_NOTES)
+
+    def _edges(self, width: int, plain: bool) -> Iterator[Group]:
+        rows = sorted(records(self._first(self.minimality)), key=lambda row: -abs(_zero(row["effect"])))
+        cells = [
+            {
+                "edge": f"{text(row['source'])}->{text(row['target'])}",
+                "effect": _with_interval(row, "effect", width),
+                "share": figure(row["share"], 2),
+                "p": probability(row["p_adjusted"]),
+                "needed": text(row["verdict"]),
+            }
+            for row in rows[: self.count]
+        ]
+        if cells:
+            more = f", the first {len(cells)} of {len(rows)} tried" if len(rows) > len(cells) else ""
+            lines = (f"edges taken out one by one{more}: what is lost of the faithfulness",)
+            yield text_table(cells, _EDGES, lines=lines, width=width, plain=plain, notes=_EDGE_NOTES)
+
+    def _sentences(self) -> Iterator[str]:
+        for score in distinct(self.stability, "score"):
+            rows = {text(row["measure"]): row for row in records(having(self.stability, score=score))}
+            parts = [
+                f"{words} {figure(rows[name]['mean'], 2)} {interval(rows[name]['low'], rows[name]['high'], 2)}"
+                for name, words in _STABLE.items()
+                if name in rows
+            ]
+            if parts:
+                yield f"{score} over resampled training prompts: {', '.join(parts)}."
+
+    def headline(self) -> list[dict[str, Any]]:
+        """Areas and overlaps, circuits, tests and stability as plain data."""
+        chosen = records(self._first(self.faithfulness))
+        found: dict[str, list[Row]] = {
+            "quality": records(self.quality),
+            "faithfulness": [row for row in chosen if missing(row["rank"]) or row["rank"] == self.rank],
+            "tests": records(self.tests),
+            "stability": records(self.stability),
+        }
+        return [
+            {name: None if missing(row.get(name)) else row[name] for name in HEADLINE}
+            for table, rows in found.items()
+            for row in ({**row, "table": table} for row in rows)
+        ]
+
+
+_CURVE = {
+    "circuit": Column(left=True),
+    "edges": Column(2),
+    "nodes": Column(4),
+    "value": Column(3),
+    "faithfulness": Column(),
+    "random": Column(1),
+}
+_OVERLAP = {
+    "circuit": Column(left=True),
+    "of": Column(left=True),
+    "auroc": Column(1),
+    "AP": Column(2),
+    "precision": Column(1),
+    "recall": Column(1),
+    "jaccard": Column(1),
+}
+_TESTS = {
+    "test": Column(left=True),
+    "verdict": Column(left=True),
+    "statistic": Column(1),
+    "90 %": Column(2),
+    "p": Column(1),
+    "n": Column(3),
+}
+_EDGES = {
+    "edge": Column(left=True),
+    "effect": Column(),
+    "share": Column(2),
+    "p": Column(1),
+    "needed": Column(left=True),
+}
+_AREA_NOTES = {"cpr": "area below the curve, signed scores", "cmd": "area between it and 1, absolute scores"}
+_TEST_NOTES = {"statistic": "share of prompts won; HSIC; edges not needed; what the rest still has without it"}
+_EDGE_NOTES = {"share": "of needless edges that matter less", "p": "adjusted"}
+_STABLE = {"jaccard": "Jaccard of the circuit", "spearman": "rank correlation of all edges"}
+
+
+def _zero(value: object) -> float:
+    known = number(value)
+    return 0.0 if math.isnan(known) else known
+
+
+def _with_interval(row: Row, name: str, width: int) -> str:
+    ends = "" if width < BRIEF else f" {interval(row['ci_low'], row['ci_high'], 2)}"
+    return f"{figure(row[name])}{ends}".rstrip() or "undefined"
+
+
+def _drawn_size(rows: pd.DataFrame) -> float:
+    """The largest size whose circuit has few enough edges, else the smallest that has any."""
+    counts = rows["size"].value_counts().sort_index().cumsum()
+    few = counts[counts <= MAX_EDGES]
+    return float(few.index[-1] if len(few) else counts.index[0])
+
+
+def circuit_view(manifest: Manifest, tables: Mapping[str, pd.DataFrame]) -> CircuitView:
+    """The view of a run.
+
+    Args:
+        manifest: The run's.
+        tables: `faithfulness`, and of `TABLES` those that there are.
+    """
+    config, checkpoints = manifest.config, checkpoints_of(tables["faithfulness"])
+    layer = manifest.model["anatomy"]["first_layer"]
+    heads = layer.get("heads") or {"query": 1, "key_value": 1}
+
+    def last(name: str) -> pd.DataFrame:
+        found = tables.get(name)
+        return pd.DataFrame() if found is None else checkpoints.last(found)
+
+    named = (str(manifest.task.get("name", "")), str(manifest.model.get("id", "")), checkpoints.about)
+    return CircuitView(
+        faithfulness=last("faithfulness"),
+        **{name: last(name) for name in TABLES if name != "evaluations"},
+        rank=str(config["circuit"]["rank"]),
+        metric=str(config["metrics"][0]),
+        heads=int(heads["query"]),
+        grouped=max(1, int(heads["query"]) // max(1, int(heads["key_value"]))),
+        about=tuple(filter(None, named)),
+        count=config["output"]["top"],
+    )
