@@ -111,7 +111,7 @@ def check_files(
     readable = {
         name.replace(".parquet", ".csv") for name in tables if name.removesuffix(".parquet") not in PARQUET_ONLY
     }
-    written = {"config.yaml", "config.resolved.yaml", "log.jsonl"} | tables | readable
+    written = {"config.yaml", "config.resolved.yaml", "log.jsonl", "report.html"} | tables | readable
     assert files - pictures == written | {"manifest.json"}
     assert set(manifest.outputs) == written | pictures
     assert all(file_info(folder / name, info.rows) == info for name, info in manifest.outputs.items())

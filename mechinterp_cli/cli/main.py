@@ -10,7 +10,7 @@ import typer
 from typer.exceptions import Abort, TyperException
 
 from mechinterp_cli import __version__
-from mechinterp_cli.cli import compare, experiments, models, reproduce, resume, runs, schema, show
+from mechinterp_cli.cli import compare, experiments, models, report, reproduce, resume, runs, schema, show
 from mechinterp_cli.cli.console import Console
 from mechinterp_cli.errors import ExitCode, MechinterpError
 from mechinterp_cli.runs.signals import Terminated
@@ -32,6 +32,7 @@ for method in experiments.EXPERIMENTS:
 app.command("resume")(resume.resume)
 app.command("reproduce")(reproduce.reproduce)
 app.command("show")(show.show)
+app.command("report")(report.report)
 app.command("compare")(compare.compare)
 app.command("runs")(runs.runs)
 app.command("verify")(runs.verify)

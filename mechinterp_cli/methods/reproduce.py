@@ -20,8 +20,8 @@ from mechinterp_cli.runs.reading import read_manifest
 from mechinterp_cli.runs.schema import keyed_tables
 from mechinterp_cli.runs.tables import read_parquet
 
-DIFFERENT_EVERY_TIME = ("log.jsonl", "config.yaml")
-"""Outputs whose bytes say nothing about the numbers: times, and how the config was written."""
+DIFFERENT_EVERY_TIME = ("log.jsonl", "config.yaml", "report.html")
+"""Outputs whose bytes say nothing about the numbers: times, the command, and how the config was written."""
 
 
 @dataclass(frozen=True)

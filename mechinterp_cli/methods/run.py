@@ -1,6 +1,6 @@
 """Running an experiment: from a checked config to a finished run directory."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ import pyarrow as pa
 import torch
 
 from mechinterp_cli.config.loader import LoadedConfig
+from mechinterp_cli.config.schema import OutputOptions
 from mechinterp_cli.engine.determinism import determinism_state, deterministic
 from mechinterp_cli.methods.bench import Bench, Recorded, Tally
 from mechinterp_cli.methods.experiment import Experiment, Setting, experiment_of
@@ -18,6 +19,7 @@ from mechinterp_cli.metrics import find_metric
 from mechinterp_cli.models.anatomy import device_of
 from mechinterp_cli.models.checkpoints import Moment, check_same, moments_of
 from mechinterp_cli.models.load import load_model
+from mechinterp_cli.report.page.build import FILE_NAME, page_tables, run_page
 from mechinterp_cli.report.view import View, outcome, tables_needed, view_of
 from mechinterp_cli.runs.changes import changes, refuse_changes
 from mechinterp_cli.runs.outcome import Progress, RunOutcome, SilentProgress
@@ -222,13 +224,23 @@ def _write(run: RunRecorder, prepared: Prepared, parts: Sequence[dict[str, pa.Ta
         formats = ONE_FORMAT if name in PARQUET_ONLY else run.formats
         written[name] = run.write_table(name, table, formats=formats)
     needed = tables_needed(config.method_name)
-    view = view_of(run.manifest, {name: to_frame(written[name]) for name in needed if name in written})
-    for name, picture in view.pictures:
-        for form in config.output.figures:
-            run.write_file(f"figures/{name}.{form}", picture.png() if form == "png" else picture.svg())
-    for name, page in view.pages if config.output.figures else ():
-        run.write_file(f"figures/{name}.html", page.encode("utf-8", "backslashreplace"))
+    tables = {name: to_frame(written[name]) for name in needed if name in written}
+    view = view_of(run.manifest, tables)
+    _draw(run, view, tables | page_tables(written), config.output)
     return view
+
+
+def _draw(run: RunRecorder, view: View, tables: Mapping[str, pd.DataFrame], output: OutputOptions) -> None:
+    """Write the pictures, the pages and the report in the formats that are asked for."""
+    pictures = view.pictures if output.figures else ()
+    for name, picture in pictures:
+        for form in output.figures:
+            if form != "html":
+                run.write_file(f"figures/{name}.{form}", picture.png() if form == "png" else picture.svg())
+    for name, page in view.pages if output.figures else ():
+        run.write_file(f"figures/{name}.html", page.encode("utf-8", "backslashreplace"))
+    if "html" in output.figures:  # last: warnings that come before are told in it
+        run.write_file(FILE_NAME, run_page(run.path, run.manifest, view, tables, pictures))
 
 
 def dry_run(loaded: LoadedConfig) -> dict[str, Any]:

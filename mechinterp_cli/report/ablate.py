@@ -17,6 +17,7 @@ from mechinterp_cli.report.interactions import interaction_map, interaction_tabl
 from mechinterp_cli.report.patch import first_tokens, names_vary
 from mechinterp_cli.report.positions import position_curves
 from mechinterp_cli.report.rows import Row, chosen_metric, distinct, having, records, without
+from mechinterp_cli.report.sentences import named_tables, strongest_sentence
 from mechinterp_cli.report.shapes import Curves, Dots, Picture
 from mechinterp_cli.report.tables import line
 from mechinterp_cli.report.terminal import terminal_heatmap
@@ -31,6 +32,10 @@ CIRCUITS = ("size", "full", "empty", "alone", "without", "faithfulness", "comple
 PAIRS = ("a", "b", "effect_a", "effect_b", "joint", "interaction", "group_a", "group_b")
 HEADLINE = ("table", *SUMMARY, "p_adjusted", "n", "verdict", *CURVE, *CIRCUITS, *PAIRS)
 """Rows of several tables, told apart by `table`; what a table does not have is null."""
+TABLE_TITLES = {
+    "summary": "Strongest ablations", "curve": "Top of the ranking beside random ones", "circuits": "Sets",
+    "interactions": "Strongest interactions of pairs", "contrasts": "Differences between groups",
+}  # fmt: skip
 KINDS = {
     "head": "heads", "kv_head": "key/value heads", "neuron": "neurons", "attention": "attention blocks",
     "mlp": "MLP blocks", "layer": "layers", "direction": "directions", "edge": "attention edges",
@@ -149,6 +154,25 @@ class AblateView:
             for table, rows in found.items()
             for row in ({**row, "table": table} for row in rows)
         ]
+
+    def answer(self) -> str:
+        """Which ablation is the strongest, and what the design's own table says."""
+        first = next(iter(records(self.trials.strongest(1))), None)
+        told = strongest_sentence(
+            first,
+            where=self.trials.called(first, several=self.trials.several) if first else "",
+            quantity=self.trials.quantity,
+            measured="normalised effect" if self.trials.quantity == "normalized" else "effect",
+            on=self.trials.metric,
+            count=len(self.trials.told),
+        )
+        ranked = causal_sentences(_ranked(self._first(self.curve)), pd.DataFrame(), noun=self.noun)
+        sentences = [f"{words[:1].upper()}{words[1:]}" for words in ranked]
+        return " ".join([told, *sentences] if first else sentences or [told])
+
+    def tables(self, count: int) -> Sequence[tuple[str, Sequence[Mapping[str, Any]]]]:
+        """The strongest trials, and what the design's own tables hold."""
+        return named_tables(replace(self, count=max(count, self.count)).headline(), TABLE_TITLES)
 
 
 def ablate_view(manifest: Manifest, tables: Mapping[str, pd.DataFrame]) -> AblateView:

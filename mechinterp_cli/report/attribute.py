@@ -1,14 +1,14 @@
 """The view of an `attribute` run: estimates and how far to trust them, direct attribution, lens, prompts' tokens."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import pandas as pd
 from rich.console import Group
 
-from mechinterp_cli.report.cells import missing, number, text
+from mechinterp_cli.report.cells import figure, missing, number, text
 from mechinterp_cli.report.checkpoints import Checkpoints, checkpoints_of
 from mechinterp_cli.report.direct import Parts, direct_tables, head_map, part_dots, part_name, parts_of
 from mechinterp_cli.report.estimates import (
@@ -21,12 +21,14 @@ from mechinterp_cli.report.estimates import (
     strongest_tables,
 )
 from mechinterp_cli.report.grid import Heatmap, HeatmapSpec
+from mechinterp_cli.report.labels import show_token
 from mechinterp_cli.report.lens import by_layer, lens_curves, lens_grids, lens_tables
 from mechinterp_cli.report.patch import first_tokens, names_vary
 from mechinterp_cli.report.rows import Row, chosen_metric, having, records
+from mechinterp_cli.report.sentences import named_tables, strongest_sentence
 from mechinterp_cli.report.shapes import Curves, Dots, Picture
 from mechinterp_cli.report.tables import line
-from mechinterp_cli.report.terminal import terminal_heatmap
+from mechinterp_cli.report.terminal import describe_place, terminal_heatmap
 from mechinterp_cli.report.token_page import token_page
 from mechinterp_cli.report.token_spans import completeness_lines, span_dots, span_table
 from mechinterp_cli.report.tokens import terminal_tokens, token_strip
@@ -38,6 +40,10 @@ from mechinterp_cli.runs.manifest import Manifest
 _ESTIMATED = ("summary", "verification", "missed", "subsets")
 TABLES = (*_ESTIMATED, "direct", "components", "sources", "lens", "inputs", "input_spans", "input_completeness")
 """Those that a run may lack."""
+TABLE_TITLES = {
+    "summary": "Strongest estimates", "verification": "Estimates against exact effects", "direct": "Direct parts",
+    "lens": "Logit lens by layer", "inputs": "Tokens of the first prompt",
+}  # fmt: skip
 MAX_MAPS = 6
 """Maps that the terminal shows."""
 WHERE = ("site", "layer", "head", "kv_head", "neuron", "position", "component", "token")
@@ -161,6 +167,44 @@ class AttributeView:
             for table, rows in found.items()
             for row in ({**row, "table": table} for row in rows)
         ]
+
+    def answer(self) -> str:
+        """The strongest estimate and how far to trust it; else the strongest part, answer of the lens, or token."""
+        if self.estimates.estimators:
+            return " ".join(self._estimated())
+        if parts := self.parts.of("total"):
+            value = figure(parts[0]["value"], sign=True)
+            return f"The largest direct part is that of {part_name(parts[0])}: {value} of the logit difference."
+        if len(self.lens):
+            last = records(by_layer(self.lens))[-1]
+            return f"After the last layer the answer has probability {figure(last['answer_probability'])}."
+        if tokens := self._first_tokens():
+            token, value = show_token(text(tokens[0].get("token"))), figure(tokens[0]["value"], sign=True)
+            return f"On the first prompt {token} at position {text(tokens[0]['position'])} counts most: {value}."
+        return "Nothing was asked of the model."
+
+    def _estimated(self) -> Iterator[str]:
+        """What the first estimator says, and beside exact effects."""
+        name, estimates = self.estimates.estimators[0], self.estimates
+        first = next(iter(records(strongest_rows(estimates, name, 1))), None)
+        yield strongest_sentence(
+            first,
+            where=describe_place(first, estimates.spec.tokens or {}) if first else "",
+            quantity=estimates.quantity,
+            measured=f"estimated {'normalised effect' if estimates.quantity == 'normalized' else 'effect'}"
+            f" ({estimates.called(name)})",
+            on=estimates.metric,
+            count=len(estimates.of(name)),
+        )
+        if first and not missing(first.get(estimates.exact)):
+            yield f"Exactly it is {figure(first[estimates.exact], sign=True)}."
+        for row in records(having(self.verification, estimator=name, part="random", site="all"))[:1]:
+            pearson = "undefined" if missing(row["pearson"]) else figure(row["pearson"], 2)
+            yield f"Over {text(row['nodes'])} nodes drawn at random, Pearson with exact effects is {pearson}."
+
+    def tables(self, count: int) -> Sequence[tuple[str, Sequence[Mapping[str, Any]]]]:
+        """What the headline lists, by table."""
+        return named_tables(replace(self, count=max(count, self.count)).headline(), TABLE_TITLES)
 
     def _trust(self) -> list[Row]:
         """Rows of the verification, those of the random part with the bound on what is missed."""

@@ -1,7 +1,7 @@
 """The view of a `heads` run: maps of scores, attention of the strongest heads, the proof by ablation, training."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -14,6 +14,7 @@ from mechinterp_cli.report.checkpoints import Checkpoints, checkpoints_of
 from mechinterp_cli.report.grid import Heatmap
 from mechinterp_cli.report.rows import chosen_metric, having
 from mechinterp_cli.report.scores import from_name, head_name, of_score, score_map, scores_in, strongest_heads
+from mechinterp_cli.report.sentences import certainty
 from mechinterp_cli.report.shapes import AttentionPanel, AttentionPicture, Picture
 from mechinterp_cli.report.tables import Column, line, text_table
 from mechinterp_cli.report.terminal import terminal_heatmap
@@ -104,6 +105,21 @@ class HeadsView:
         rows = [row for _, row in self._strongest(self.count)]
         rows += [{str(name): value for name, value in row.items()} for row in self.causal.to_dict("records")]
         return [{name: None if missing(row.get(name)) else row[name] for name in HEADLINE} for row in rows]
+
+    def answer(self) -> str:
+        """The strongest head of the first score, and what ablating the strongest does."""
+        first = next((row for _, row in self._strongest(1) if row["score"] == self.scores[0]), None)
+        found = f"Head {head_name(first)} has the highest {first['score']} score: " if first else ""
+        found += f"{figure(first['value'])}{certainty(first)}." if first else "No score has a number."
+        return " ".join(
+            [found, *(f"{words[:1].upper()}{words[1:]}" for words in causal_sentences(self.causal, self.single))]
+        )
+
+    def tables(self, count: int) -> Sequence[tuple[str, Sequence[Mapping[str, Any]]]]:
+        """The strongest heads, then the ablations."""
+        rows = replace(self, count=max(count // max(1, len(self.scores)), self.count)).headline()
+        ablated = [row for row in rows if row["ablation"] is not None]
+        return [("Strongest heads", [row for row in rows if row["ablation"] is None]), ("Ablations", ablated)]
 
     def _strongest(self, count: int) -> Iterator[tuple[bool, dict[str, object]]]:
         """The strongest heads of every score in turn, and whether each is its score's first."""

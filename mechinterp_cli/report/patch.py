@@ -8,8 +8,10 @@ import pandas as pd
 
 from mechinterp_cli.report.checkpoints import Checkpoints, checkpoints_of
 from mechinterp_cli.report.grid import Heatmap, HeatmapSpec, build_heatmap
+from mechinterp_cli.report.rows import records
+from mechinterp_cli.report.sentences import strongest_sentence
 from mechinterp_cli.report.shapes import Picture
-from mechinterp_cli.report.terminal import strongest, strongest_table, terminal_heatmap
+from mechinterp_cli.report.terminal import describe_place, strongest, strongest_table, terminal_heatmap
 from mechinterp_cli.report.training import trial_curves
 from mechinterp_cli.runs.manifest import Manifest
 
@@ -73,6 +75,22 @@ class PatchView:
             {name: None if pd.isna(row[name]) else row[name] for name in HEADLINE}
             for row in self.strongest.to_dict("records")
         ]
+
+    def answer(self) -> str:
+        """Which trial is the strongest."""
+        first = next(iter(records(self.strongest)), None)
+        return strongest_sentence(
+            first,
+            where=describe_place(first, self.tokens) if first else "",
+            quantity=self.quantity,
+            measured="normalised effect" if self.quantity == "normalized" else "effect",
+            on=self.about[-1],
+            count=len(self.rows),
+        )
+
+    def tables(self, count: int) -> Sequence[tuple[str, Sequence[Mapping[str, Any]]]]:
+        """The strongest trials."""
+        return [("Strongest trials", replace(self, count=max(count, self.count)).headline())]
 
 
 def patch_view(manifest: Manifest, tables: Mapping[str, pd.DataFrame]) -> PatchView:

@@ -42,6 +42,12 @@ class View(Protocol):
     def headline(self) -> list[dict[str, Any]]:
         """The result in a few rows of plain data, all with the same keys."""
 
+    def answer(self) -> str:
+        """The result in a sentence or two, with its interval in brackets."""
+
+    def tables(self, count: int) -> Sequence[tuple[str, Sequence[Mapping[str, Any]]]]:
+        """(title, rows of plain data with the same keys) of what the page lists, so many of the strongest each."""
+
 
 @dataclass(frozen=True)
 class ViewSource:
@@ -102,6 +108,17 @@ def read_outcome(path: Path) -> RunOutcome:
         UserError: It is no run directory, or the run never came to what is shown.
         RunError: A table is damaged.
     """
+    manifest, view, _ = read_view(path)
+    return outcome(path, manifest, view)
+
+
+def read_view(path: Path) -> tuple[Manifest, View, dict[str, pd.DataFrame]]:
+    """A run's manifest and view, and the tables that the view is made from.
+
+    Raises:
+        UserError: It is no run directory, or the run never came to what is shown.
+        RunError: A table is damaged.
+    """
     manifest = read_manifest(find_run(path))
     lacking = [name for name in _source(manifest.subcommand).needs if not _file(path, name).exists()]
     if lacking:
@@ -109,7 +126,7 @@ def read_outcome(path: Path) -> RunOutcome:
         raise UserError(f"{path}: the run is {manifest.status} and has no {lacking[0]} to show", remedy)
     there = [name for name in tables_needed(manifest.subcommand) if _file(path, name).exists()]
     tables = {name: to_frame(read_parquet(_file(path, name))) for name in there}
-    return outcome(path, manifest, view_of(manifest, tables))
+    return manifest, view_of(manifest, tables), tables
 
 
 def _file(path: Path, table: str) -> Path:
@@ -119,12 +136,16 @@ def _file(path: Path, table: str) -> Path:
 def outcome(path: Path, manifest: Manifest, view: View) -> RunOutcome:
     """What the command line tells of a run."""
     unfinished = [] if manifest.status in ("complete", "running") else [f"this run is {manifest.status}"]
-    notes = [*unfinished, *_proof_notes(manifest.engine), *manifest.warnings]
+    notes = [*unfinished, *proof_notes(manifest.engine), *manifest.warnings]
     return RunOutcome(path, view.headline(), view.draw, tuple(notes))
 
 
-def _proof_notes(engine: Mapping[str, Any]) -> list[str]:
-    """The worst deviation of all that the run proved, in one line: jobs, and the models of several checkpoints."""
+def proof_notes(engine: Mapping[str, Any]) -> list[str]:
+    """The worst deviation of all that the run proved, in one line: jobs, and the models of several checkpoints.
+
+    Args:
+        engine: The manifest's.
+    """
     parts = engine.get("parts") or [engine]
     proofs = [part["proof"] for part in parts if part.get("proof")]
     if not proofs:

@@ -1,0 +1,106 @@
+// Charts are drawn by Vega from the specification that the pictures were drawn from.
+const HIDDEN_FIELDS = new Set(["state", "ink", "first", "last"]);
+const FIELD_NAMES = { p: "adjusted p", high: "interval to", low: "interval from" };
+const MANY = 3000; // marks: from here on a canvas is quicker than elements
+const drawn = []; // functions that draw again, for another theme
+
+function rowsOf(data) {
+  const count = data.columns.length ? data.columns[0].length : 0;
+  return Array.from({ length: count }, (_, at) => {
+    const row = {};
+    data.fields.forEach((field, column) => {
+      if (data.columns[column][at] !== null) row[field] = data.columns[column][at];
+    });
+    return row;
+  });
+}
+
+function tipPairs(datum) {
+  return Object.entries(datum)
+    .filter(([name, value]) => !name.startsWith("_") && !HIDDEN_FIELDS.has(name) && value !== "" && value !== null)
+    .map(([name, value]) => [FIELD_NAMES[name] ?? name, written(value)]);
+}
+
+function tooltip(handler, event, item, datum) {
+  const pairs = datum && typeof datum === "object" ? tipPairs(datum) : [];
+  if (pairs.length) showTip(pairs, event.clientX, event.clientY);
+  else hideTip();
+}
+
+const isDark = () => document.documentElement.dataset.theme === "dark";
+
+function themed(spec) {
+  const ink = isDark() ? "#eceef1" : "#1b1b1b", faint = isDark() ? "#a9b0ba" : "#595959";
+  const line = isDark() ? "#3a3f47" : "#e3e3e3";
+  const given = spec.config ?? {};
+  const config = {
+    ...given,
+    background: null,
+    mark: { ...given.mark, tooltip: { content: "data" } },
+    title: { ...given.title, color: ink, subtitleColor: faint },
+    axis: { ...given.axis, labelColor: ink, titleColor: ink, domainColor: faint, tickColor: faint, gridColor: line },
+    legend: { ...given.legend, labelColor: ink, titleColor: ink },
+  };
+  // The title stands in the page itself, where it can be selected and wraps.
+  const { title, ...rest } = spec;
+  const shown = isDark() ? JSON.parse(JSON.stringify(rest).replaceAll('"#000000"', '"#eceef1"')) : rest;
+  return { ...shown, config };
+}
+
+async function draw(holder, spec, datasets, label) {
+  const rows = Object.values(datasets).reduce((sum, part) => sum + part.length, 0);
+  const whole = { ...themed(spec), datasets };
+  const options = { mode: "vega-lite", actions: false, ast: true, renderer: rows > MANY ? "canvas" : "svg", tooltip };
+  const place = element("div");
+  const made = await vegaEmbed(place, whole, options);
+  holder.replaceChildren(place);
+  holder.classList.remove("waiting");
+  const picture = holder.querySelector("svg, canvas");
+  if (picture) {
+    picture.setAttribute("role", "img");
+    picture.setAttribute("aria-label", label);
+  }
+  holder.dataset.drawn = "yes";
+  return made;
+}
+
+const watcher = new IntersectionObserver((entries) => {
+  for (const entry of entries) {
+    if (entry.isIntersecting && entry.target.begin) {
+      watcher.unobserve(entry.target);
+      entry.target.begin();
+    }
+  }
+}, { rootMargin: "400px" });
+
+function chart(figure) {
+  const datasets = Object.fromEntries(Object.entries(figure.data).map(([name, data]) => [name, rowsOf(data)]));
+  const holder = element("div", { class: "chart waiting" });
+  let made = null;
+  const again = async () => {
+    if (made) made.finalize();
+    made = await draw(holder, figure.spec, datasets, figure.title);
+  };
+  holder.begin = () => { drawn.push(again); again(); };
+  watcher.observe(holder);
+  return holder;
+}
+
+function subtitles(spec) {
+  const below = spec.title?.subtitle ?? [];
+  return (Array.isArray(below) ? below : [below]).join(" ");
+}
+
+function figureElement(figure) {
+  const heading = text("h3", figure.title, { id: freshId("figure") });
+  if (!figure.spec) {
+    const words = `${figure.rows.toLocaleString("en")} points are too many for this page; figures/${figure.name} has them.`;
+    return element("figure", { "data-figure": figure.name }, heading, text("p", words, { class: "faint" }));
+  }
+  const scroll = { class: "scroll", tabindex: "0", role: "region", "aria-labelledby": heading.id };
+  return element("figure", { "data-figure": figure.name },
+    heading,
+    text("figcaption", subtitles(figure.spec), { class: "faint" }),
+    element("div", scroll, chart(figure)),
+    numbersOf(figure));
+}

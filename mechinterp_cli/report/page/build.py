@@ -1,0 +1,79 @@
+"""Making the page: of a run that is being written, or of finished runs from their directories."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pandas as pd
+import pyarrow as pa
+
+from mechinterp_cli.report.page.content import PageSource, run_content
+from mechinterp_cli.report.page.prompts import USES
+from mechinterp_cli.report.shapes import Picture
+from mechinterp_cli.report.view import View, read_view
+from mechinterp_cli.runs.manifest import Manifest
+from mechinterp_cli.runs.reading import read_manifest
+from mechinterp_cli.runs.tables import read_parquet, to_frame
+
+FILE_NAME = "report.html"
+NEEDED = ("prompts", *USES)
+"""Tables that the page reads beside those of the view."""
+MAX_READ = 5_000_000
+"""Rows of such a table; a larger one is left out, and the page says so."""
+
+
+def run_page(
+    path: Path,
+    manifest: Manifest,
+    view: View,
+    tables: Mapping[str, pd.DataFrame],
+    pictures: Sequence[tuple[str, Picture]] | None = None,
+) -> bytes:
+    """The page of one run.
+
+    Args:
+        path: Its directory, which holds `config.yaml`.
+        manifest: Its manifest.
+        view: Its view.
+        tables: Those of `NEEDED` that there are.
+        pictures: The view's, where they have been made already.
+    """
+    # Altair takes half a second to import, which a run without a page need not wait for.
+    from mechinterp_cli.report.page.document import document
+
+    # As it will be read from the file, so that the page is the same when it is made again.
+    manifest = Manifest.from_json(manifest.to_json())
+    source = PageSource(manifest, view, tables, (path / "config.yaml").read_text("utf-8", "backslashreplace"))
+    content = run_content(source, view.pictures if pictures is None else pictures)
+    return document(content["title"], {"runs": [content]})
+
+
+def page_of_runs(paths: Sequence[Path]) -> bytes:
+    """The page of finished runs.
+
+    Args:
+        paths: Run directories.
+
+    Raises:
+        UserError: One is no run directory, or has nothing to show.
+        RunError: A table is damaged.
+    """
+    (path,) = paths
+    manifest, view, found = read_view(path)
+    return run_page(path, manifest, view, found | read_tables(path, found))
+
+
+def read_tables(path: Path, known: Mapping[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
+    """The tables of `NEEDED` that a run has and nobody has read yet."""
+    files = {name: path / f"{name}.parquet" for name in NEEDED if name not in known}
+    rows = {name: info.rows for name, info in read_manifest(path).outputs.items()}
+    there = {name: file for name, file in files.items() if file.exists() and (rows.get(file.name) or 0) <= MAX_READ}
+    return {name: to_frame(read_parquet(file)) for name, file in there.items()}
+
+
+def page_tables(written: Mapping[str, pa.Table]) -> dict[str, pd.DataFrame]:
+    """The tables of `NEEDED` among those that a run has just written.
+
+    Args:
+        written: By name.
+    """
+    return {name: to_frame(written[name]) for name in NEEDED if name in written and written[name].num_rows <= MAX_READ}
