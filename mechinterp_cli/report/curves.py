@@ -17,6 +17,8 @@ DASHES: tuple[list[int], ...] = ([1, 0], [6, 3], [2, 2], [8, 2, 2, 2])
 HEIGHT, LOW_HEIGHT, LEGEND_ROOM = 230, 150, 190
 REFERENCE_DASHES: tuple[list[int], ...] = ([7, 4], [2, 2], [10, 3, 2, 3], [1, 4])
 REFERENCE_COLOUR = "#555555"
+DOT = 75
+"""Marks that stand alone are larger."""
 MAX_MARKS = 60
 """A line of more points is drawn without marks at them, which would hide it."""
 LABEL_PIXELS = 40
@@ -60,24 +62,18 @@ def _panel(curves: Curves, index: int, across: int) -> alt.LayerChart:
     layers += _references([curve for curve in panel.curves if curve.look == "reference"], x, y, with_legend)
     if any(curve.low is not None for curve in drawn):
         layers += _bands(drawn, x, y, colour)
-    lines, marks = (
-        inline([row for curve in drawn if keep(curve) for row in _points(curve)]) for keep in (_lined, _dotted)
+    lines, marks, dots = (
+        inline([row for curve in drawn if curve.look in looks for row in _points(curve)])
+        for looks in (("marked", "line"), ("marked",), ("dots",))
     )
     layers.append(alt.Chart(lines).mark_line(strokeWidth=2).encode(x, y, colour, dash, detail="name:N"))
-    if marked:
-        layers.append(alt.Chart(marks).mark_point(filled=True, size=42, opacity=1).encode(x, y, colour, shape))
+    for points, size in ((marks, 42), (dots, DOT)):
+        if (marked or points is dots) and points.values:
+            layers.append(alt.Chart(points).mark_point(filled=True, size=size, opacity=1).encode(x, y, colour, shape))
     height = LOW_HEIGHT if stacked else HEIGHT
     whole = alt.LayerChart(layer=layers, width=curves.width, height=height, title=show_text(panel.title))
     shown: alt.LayerChart = whole.resolve_scale(strokeDash="independent")
     return shown
-
-
-def _lined(curve: Curve) -> bool:
-    return curve.look != "dots"
-
-
-def _dotted(curve: Curve) -> bool:
-    return curve.look != "line"
 
 
 def _references(curves: Sequence[Curve], x: alt.X, y: alt.Y, with_legend: bool) -> list[alt.Chart]:

@@ -12,7 +12,9 @@ from mechinterp_cli.report.labels import show_text
 from mechinterp_cli.report.picture import PICTURE_WIDTH, SERIES_COLOURS, Chart, Drawing, head_lines, inline
 from mechinterp_cli.report.shapes import Histogram, HistogramPanel
 
-WIDTH, HEIGHT, LEGEND_ROOM, BINS = 300, 190, 150, 30
+WIDTH, HEIGHT, LEGEND_ROOM = 300, 190, 150
+FEWEST, MOST = 8, 30
+"""Bins, about."""
 
 
 def drawing(histogram: Histogram) -> Drawing:
@@ -40,7 +42,8 @@ def edges(histogram: Histogram) -> list[float]:
     """
     found = [value for panel in histogram.panels for values in panel.series.values() for value in values]
     low, high = min([*found, 0.0]), max([*found, 0.0])
-    width = (high - low) / BINS or 1.0
+    largest = max(sum(map(len, panel.series.values())) for panel in histogram.panels)
+    width = (high - low) / min(MOST, max(FEWEST, int(1.5 * largest**0.5))) or 1.0
     first, last = int(np.floor(low / width)), int(np.floor(high / width)) + 1
     return [width * at for at in range(first, last + 1)]
 
@@ -57,12 +60,14 @@ def _panel(histogram: Histogram, at: int, *, with_legend: bool) -> alt.LayerChar
     dash = alt.StrokeDash("name:N", scale=scale(DASHES), legend=None)
     reach = alt.Scale(domain=[bins[0], bins[-1]], nice=False, zero=False)
     x = alt.X("from:Q", scale=reach, title=show_text(histogram.x_title), axis=alt.Axis(tickCount=7, format="~g"))
-    y = alt.Y("share:Q", title="share of the class", axis=alt.Axis(format=".0%", tickCount=5), stack=None)
-    bars = alt.Chart(inline(list(_bars(panel, bins)))).mark_bar(opacity=0.35)
+    y = alt.Y(
+        "share:Q", title="share of the class", axis=alt.Axis(format=".0%", tickCount=5), scale=alt.Scale(domainMin=0)
+    )
+    bars = alt.Chart(inline(list(_bars(panel, bins)))).mark_rect(opacity=0.35)
     steps = alt.Chart(inline(list(_outline(panel, bins)))).mark_line(interpolate="step-after", strokeWidth=1.5)
     middle = alt.Chart(inline([{"from": 0.0}])).mark_rule(color="#444444", strokeDash=[4, 3])
     layers = [
-        bars.encode(x, alt.X2("to"), y, colour),
+        bars.encode(x, alt.X2("to"), y, alt.Y2("none"), colour),
         steps.encode(x, y, colour, dash, detail="name:N"),
         middle.encode(x),
     ]
@@ -80,7 +85,7 @@ def _bars(panel: HistogramPanel, bins: Sequence[float]) -> Iterator[dict[str, An
     for name, shares in _shares(panel, bins):
         for at, share in enumerate(shares):
             if share:
-                yield {"name": name, "from": bins[at], "to": bins[at + 1], "share": share}
+                yield {"name": name, "from": bins[at], "to": bins[at + 1], "share": share, "none": 0.0}
 
 
 def _outline(panel: HistogramPanel, bins: Sequence[float]) -> Iterator[dict[str, Any]]:

@@ -1,158 +1,118 @@
-"""The view of a `probe` run: scores by layer, beside what could be had without the model."""
+"""The view of a `probe` run: what can be read where, beside what needs no model, and whether the model uses it."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import pandas as pd
 
-from mechinterp_cli.report.cells import figure, interval, missing, number, text
+from mechinterp_cli.report.cells import figure, missing, number, text
 from mechinterp_cli.report.checkpoints import checkpoints_of
-from mechinterp_cli.report.rows import Row, distinct, having, records, without
-from mechinterp_cli.report.shapes import Curve, CurvePanel, Curves, Picture
-from mechinterp_cli.report.tables import Column, text_table
+from mechinterp_cli.report.grid import Heatmap
+from mechinterp_cli.report.patch import first_tokens
+from mechinterp_cli.report.probe_causal import PROBE, Effects, layer_curves
+from mechinterp_cli.report.probe_code import code_curves
+from mechinterp_cli.report.probe_dose import dose_curves, downstream_curves, labelled_prompts
+from mechinterp_cli.report.probe_maps import score_maps
+from mechinterp_cli.report.probe_projections import projection_histograms
+from mechinterp_cli.report.probe_scores import NAMES, Scores, score_curves, score_tables
+from mechinterp_cli.report.probe_verdicts import adjusted, questions, telling, verdict_sentences, verdict_tables
+from mechinterp_cli.report.rows import Row, chosen_metric, distinct, having, without
+from mechinterp_cli.report.sentences import certainty, named_tables
+from mechinterp_cli.report.shapes import Curves, Histogram, Picture
 from mechinterp_cli.runs.manifest import Manifest
 
-HEADLINE = (
-    *("label", "probe", "measure", "score", "ci_low", "ci_high", "selectivity"),
-    *("majority", "bag", "random_weights", "n"),
-)
-FLAT = ("majority", "bag")
-"""Baselines that know no site."""
-TWIN = "random_weights"
-NAMES = {"majority": "majority class", "bag": "bag of tokens", TWIN: "random weights", "control": "control labels"}
-_COLUMNS = {
-    "where": Column(left=True, broken=True),
-    "probe": Column(1, left=True),
-    "score": Column(),
-    "interval": Column(2),
-    "selectivity": Column(2),
-    "majority": Column(1),
-    "bag": Column(1),
-    "random weights": Column(1),
-    "n": Column(3),
-}
+SCORES = ("label", "probe", "measure", "score", "ci_low", "ci_high", "p", "p_adjusted", "selectivity")
+BASELINES = ("majority", "bag", "embedding", "random_weights")
+VERDICTS = ("site", "layer", "head", "kv_head", "position", "span", "intervention", "strength", "stream", "metric")
+ANSWERS = ("readable", "effect", "difference", "difference_low", "difference_high", "size", "margin", "used")
+HEADLINE = ("table", *SCORES, *BASELINES, "n", *VERDICTS, *ANSWERS)
+"""Rows of two tables, told apart by `table`; what a table does not have is null."""
+TABLE_TITLES = {"probes": "Best probes", "causal_verdicts": "Readable? Used?"}
+_CAUSAL = ("causal_effects", "causal_verdicts", "causal_prompts", "causal_downstream")
+TABLES = ("code", "projections", *_CAUSAL, "labels", "prompts")
+"""Those that a run may lack."""
+Shape = Heatmap | Curves | Histogram
 
 
 @dataclass(frozen=True, eq=False)
 class ProbeView:
-    """Scores of a run."""
+    """Everything that is shown of a run; empty frames where it has no such part."""
 
-    rows: pd.DataFrame
-    """`probes` over all folds."""
-    about: tuple[str, ...]
-    """Task, model, samples: for titles."""
-    scale: str
-    """What scores are."""
+    scores: Scores
+    code: pd.DataFrame
+    projections: pd.DataFrame
+    effects: Effects
+    verdicts: pd.DataFrame
+    """Of the first metric."""
+    downstream: pd.DataFrame
+    tokens: Mapping[str, Sequence[str]]
+    """Decoded tokens of each template's first prompt."""
+    classes: tuple[str, ...]
+    """In the order of the probes; none where labels are numbers."""
     count: int
     """How many of the best are listed."""
 
-    @property
-    def measure(self) -> str:
-        """`accuracy` or `R²`."""
-        found = distinct(self.rows, "measure")
-        return "R²" if found == ["r2"] else "accuracy"
-
-    @cached_property
-    def scores(self) -> pd.DataFrame:
-        """Of the model's own activations and the labels themselves."""
-        return without(having(self.rows, target="label"), "baseline")
+    pages: ClassVar[Sequence[tuple[str, str]]] = ()
+    """No page of its own."""
 
     @property
     def pictures(self) -> Sequence[tuple[str, Picture]]:
-        """Scores by layer."""
-        from mechinterp_cli.report import curves  # Altair takes half a second to import
+        """Scores by layer and as maps, code length, projections; effects by layer and strength, and downstream."""
+        # Altair takes half a second to import, which the terminal's view need not wait for.
+        from mechinterp_cli.report import curves, heatmap, histogram
 
-        return [(f"scores-{kind}", curves.drawing(self._by_layer(kind))) for kind in distinct(self.scores, "site")]
+        def drawing(shape: Shape) -> Picture:
+            if isinstance(shape, Heatmap):
+                return heatmap.drawing(shape)
+            return curves.drawing(shape) if isinstance(shape, Curves) else histogram.drawing(shape)
 
-    @property
-    def pages(self) -> Sequence[tuple[str, str]]:
-        """None."""
-        return ()
+        return [(name, drawing(shape)) for name, shape in self._shapes() if shape is not None]
 
-    def _by_layer(self, kind: str) -> Curves:
-        """A panel for each view: probes, control labels, baselines; of heads the best of each layer."""
-        rows = having(self.rows, site=kind)
-        panels = tuple(self._panel(view, having(rows, view=view)) for view in distinct(rows, "view"))
-        several = bool(rows["head"].notna().any() or rows["kv_head"].notna().any())
-        heads = " Of several heads, each layer's best." if several else ""
-        lines = (", ".join(self.about[1:]), f"{self.scale}{heads} Bands: intervals over groups of samples.")
-        title = f"{self.about[0]}, {kind}"
-        return Curves(title=title, lines=lines, x_title="layer", panels=panels, across=2, one_legend=True, linear=True)
-
-    def _panel(self, view: str, rows: pd.DataFrame) -> CurvePanel:
-        own = without(rows, "baseline")
-        named = []
-        for name in distinct(own, "probe"):
-            named.append((name, having(own, probe=name, target="label")))
-            named.append((f"{NAMES['control']}, {name}", having(own, probe=name, target="control")))
-        named.append((NAMES[TWIN], having(rows, baseline=TWIN)))
-        lines = [_line(name, part) for name, part in named if len(part)]
-        x = lines[0].x if lines else ()
-        for name in FLAT:
-            for row in records(having(self.rows, baseline=name, view=view)):
-                lines.append(Curve(name=NAMES[name], x=x, y=(number(row["score"]),) * len(x)))
-        return CurvePanel(title=view, y_title=self.measure, curves=tuple(lines))
+    def _shapes(self) -> Iterator[tuple[str, Shape | None]]:
+        for kind in distinct(self.scores.own, "site"):
+            yield f"scores-{kind}", score_curves(self.scores, kind)
+        yield from score_maps(self.scores, self.tokens)
+        yield "code", code_curves(self.code, self.scores.about)
+        yield "projections", projection_histograms(self.projections, self.scores, self.classes)
+        for kind in distinct(self.effects.rows, "site"):
+            yield f"causal-{kind}", layer_curves(self.effects, kind)
+            yield f"steering-{kind}", dose_curves(self.effects, kind)
+        yield "downstream", downstream_curves(self.downstream, self.scores.about, self.scores.measure)
 
     def draw(self, width: int, plain: bool) -> Iterator[Any]:
-        """What rich prints: the best places, beside their baselines."""
-        yield text_table(
-            [self._cells(row) for row in self._best()],
-            _COLUMNS,
-            lines=(f"{self.about[0]}: {self.measure} of the best probes", ", ".join(self.about[1:])),
-            width=width,
-            plain=plain,
-            notes={"score": self.scale, "selectivity": "accuracy less that on labels drawn once per word type"},
-        )
-
-    def _best(self) -> list[Row]:
-        order = self.scores.sort_values("score", ascending=False, kind="stable")
-        return records(order.head(self.count))
-
-    def _baseline(self, name: str, row: Row) -> float:
-        """What a baseline scores where a probe reads."""
-        found = having(self.rows, baseline=name, view=text(row["view"]))
-        if name == TWIN:
-            found = having(found, label=text(row["label"]))
-        scores = [number(one["score"]) for one in records(found)]
-        return scores[0] if scores else math.nan
-
-    def _cells(self, row: Row) -> Mapping[str, str]:
-        return {
-            "where": text(row["label"]),
-            "probe": text(row["probe"]),
-            "score": figure(row["score"]),
-            "interval": interval(row["ci_low"], row["ci_high"]),
-            "selectivity": figure(row["selectivity"]),
-            "majority": figure(self._baseline("majority", row)),
-            "bag": figure(self._baseline("bag", row)),
-            "random weights": figure(self._baseline(TWIN, row)),
-            "n": text(row["n"]),
-        }
+        """What rich prints: the best places beside their baselines, then whether they are used."""
+        yield from score_tables(self.scores, count=self.count, width=width, plain=plain)
+        yield from verdict_tables(self.verdicts, self.effects.rows, count=self.count, width=width, plain=plain)
 
     def headline(self) -> list[dict[str, Any]]:
-        """The best places as plain data."""
-        return [self._plain(row) for row in self._best()]
+        """The best places and the verdicts as plain data."""
+        best = [{"table": "probes"} | dict(row) | self._beside(row) for row in self.scores.best(self.count)]
+        judged = [
+            {"table": "causal_verdicts"} | dict(row) | {"p": row["score_p"], "p_adjusted": adjusted(row)}
+            for _, rows in questions(self.verdicts)
+            for row in telling(rows, self.count)
+        ]
+        return [{name: None if missing(row.get(name)) else row[name] for name in HEADLINE} for row in [*best, *judged]]
 
-    def _plain(self, row: Row) -> dict[str, Any]:
-        found: dict[str, Any] = {name: row[name] for name in HEADLINE if name in row}
-        found |= {name: self._baseline(name, row) for name in (*FLAT, TWIN)}
-        return {name: None if missing(found[name]) else found[name] for name in HEADLINE}
+    def _beside(self, row: Row) -> dict[str, float]:
+        return {name: self.scores.baseline(name, row) for name in BASELINES}
 
+    def answer(self) -> str:
+        """The best probe beside its baselines, and where interventions show that it is used."""
+        best = next(iter(self.scores.best(1)), None)
+        if best is None:
+            return "No probe has a score."
+        known = [(NAMES[name], score) for name, score in self._beside(best).items() if not math.isnan(score)]
+        beside = ", ".join(f"{name} {figure(score)}" for name, score in known)
+        told = f"The best of {len(self.scores.own):,} probes is {text(best['probe'])} at {text(best['label'])}:"
+        told += f" {self.scores.measure} {figure(best['score'])}{certainty(best)}"
+        return " ".join([f"{told}{f', beside {beside}' if beside else ''}.", *verdict_sentences(self.verdicts)])
 
-def _line(name: str, rows: pd.DataFrame) -> Curve:
-    """A score by layer; of several at a layer the best."""
-    best: dict[int, Row] = {}
-    for row in records(rows):
-        layer = int(number(row["layer"]))
-        if layer not in best or number(row["score"]) > number(best[layer]["score"]):
-            best[layer] = row
-    order = sorted(best)
-    low, high = (tuple(number(best[layer][end]) for layer in order) for end in ("ci_low", "ci_high"))
-    y = tuple(number(best[layer]["score"]) for layer in order)
-    return Curve(name=name, x=tuple(float(layer) for layer in order), y=y, low=low, high=high)
+    def tables(self, count: int) -> Sequence[tuple[str, Sequence[Mapping[str, Any]]]]:
+        """The best probes, and the verdicts."""
+        return named_tables(replace(self, count=max(count, self.count)).headline(), TABLE_TITLES)
 
 
 def probe_view(manifest: Manifest, tables: Mapping[str, pd.DataFrame]) -> ProbeView:
@@ -160,17 +120,35 @@ def probe_view(manifest: Manifest, tables: Mapping[str, pd.DataFrame]) -> ProbeV
 
     Args:
         manifest: The run's.
-        tables: `probes`.
+        tables: `probes`, and of `TABLES` those that there are.
     """
-    rows = tables["probes"]
-    checkpoints = checkpoints_of(rows)
-    whole = without(checkpoints.last(rows), "fold")
+    nothing, config = pd.DataFrame(), manifest.config
+    checkpoints = checkpoints_of(tables["probes"])
+    last = {name: checkpoints.last(tables.get(name, nothing)) for name in TABLES}
+    metric = chosen_metric(last["causal_effects"], config.get("metrics") or ())
+
+    def first(name: str) -> pd.DataFrame:
+        return having(last[name], metric=metric) if len(last[name]) else last[name]
+
+    named = (str(manifest.display.get("title", manifest.name)), str(manifest.model.get("id", "")), checkpoints.about)
+    title = tuple(part for part in named if part)
     samples = f"{manifest.task.get('samples', '')} samples"
-    title = manifest.display.get("title", manifest.name)
-    about = (title, str(manifest.model.get("id", "")), checkpoints.about, samples)
+    level = f"{100 * number((config.get('stats') or {}).get('ci', 0.95)):g}"
+    moved = first("causal_prompts")
+    moved = labelled_prompts(having(moved, direction=PROBE) if len(moved) else moved, last["labels"])
     return ProbeView(
-        rows=whole,
-        about=tuple(part for part in about if part),
-        scale=manifest.display.get("scale", ""),
-        count=manifest.config["output"]["top"],
+        scores=Scores(
+            rows=without(checkpoints.last(tables["probes"]), "fold"),
+            about=(*title, samples),
+            scale=str(manifest.display.get("scale", "")),
+            level=level,
+        ),
+        code=last["code"],
+        projections=last["projections"],
+        effects=Effects(rows=first("causal_effects"), prompts=moved, about=title, level=level),
+        verdicts=first("causal_verdicts"),
+        downstream=last["causal_downstream"],
+        tokens=first_tokens(last["prompts"]) if len(last["prompts"]) else {},
+        classes=tuple(map(str, manifest.task.get("classes") or ())),
+        count=config["output"]["top"],
     )

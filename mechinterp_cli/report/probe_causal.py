@@ -20,8 +20,6 @@ VERDICTS = {
     "": "no verdict",
 }
 MAX_PANELS = 12
-BEST = 6
-"""Places that steering is drawn of: those that it moves most."""
 MAX_LABELS = 4
 """Groups of prompts that are drawn apart."""
 WIDTH = 270
@@ -33,6 +31,9 @@ class Effects:
 
     rows: pd.DataFrame
     """`causal_effects` of the first metric."""
+    prompts: pd.DataFrame
+    """`causal_prompts` of the probe's directions and that metric with each prompt's `class`; empty where words are
+    labelled, or with numbers."""
     about: tuple[str, ...]
     """Task, model, prompts: for titles."""
     level: str = "95"
@@ -109,9 +110,11 @@ def where(row: Row, *, several: Mapping[str, bool]) -> str:
         several: Of which columns there are several values.
     """
     parts = [text(row["probe"]) if several.get("probe") else ""]
-    parts += [f"{name} {text(row[name])}" for name in ("head", "position", "span") if not missing(row[name])]
+    parts += [f"head {text(row['head'])}"] if not missing(row["head"]) else []
     parts += [f"key/value head {text(row['kv_head'])}"] if not missing(row["kv_head"]) else []
-    parts += [text(row["template"])] if not missing(row["template"]) and several.get("template") else []
+    at = {name: several.get(name) and not missing(row[name]) for name in ("position", "span", "template")}
+    parts += [f"position {text(row['position'])}"] if at["position"] else []
+    parts += [text(row[name]) for name in ("span", "template") if at[name]]
     return ", ".join(filter(None, parts))
 
 
@@ -135,14 +138,17 @@ def layer_curves(effects: Effects, kind: str) -> Curves:
     """
     rows = _judged(having(effects.own, site=kind))
     groups = effects.apart(rows)
-    panels = []
+    verdicts = [name for name in VERDICTS if name in {text(verdict) for verdict in rows["verdict"]}]
+    panels: list[CurvePanel] = []
+    largest = 0
     for title, part in _by_question(rows):
-        panels += [
-            _layer_panel(_titled(title, group, groups), having(part, group=group), effects.unit) for group in groups
-        ]
+        named = [(title if group == ALL else f"{title}, {group}", having(part, group=group)) for group in groups]
+        own = [_layer_panel(name, some, effects.unit, verdicts) for name, some in named]
+        panels += [replace(panel, y_range=y_range(own)) for panel in own]
         whole = having(part, group=ALL)
         if _cancels(whole):
-            panels.append(_size_panel(f"{title}, magnitude", whole, effects.unit))
+            panels.append(_size_panel(f"{title}, magnitude", whole, effects.unit, verdicts))
+        largest = min(3, max(largest, len(own) + int(_cancels(whole))))
     notes = [effects.said, _margin_note(rows)]
     notes.append(f"The first {MAX_PANELS} of {len(panels)} panels." if len(panels) > MAX_PANELS else "")
     notes.append("Of several heads, each layer's largest effect." if rows["head"].notna().any() else "")
@@ -151,15 +157,11 @@ def layer_curves(effects: Effects, kind: str) -> Curves:
         lines=(", ".join(effects.about[1:]), " ".join(filter(None, notes))),
         x_title="layer",
         panels=tuple(panels[:MAX_PANELS]),
-        across=2,
+        across=max(2, largest),
         width=WIDTH,
         one_legend=True,
         linear=True,
     )
-
-
-def _titled(title: str, group: str, groups: Sequence[str]) -> str:
-    return title if list(groups) == [ALL] else f"{title}, {group}"
 
 
 def _judged(rows: pd.DataFrame) -> pd.DataFrame:
@@ -193,34 +195,41 @@ def _largest(rows: pd.DataFrame) -> list[Row]:
     return [best[layer] for layer in sorted(best)]
 
 
-def _column(rows: Sequence[Row], name: str) -> tuple[float, ...]:
+def column(rows: Sequence[Row], name: str) -> tuple[float, ...]:
+    """Numbers of rows; NaN where there are none.
+
+    Args:
+        rows: Of any table.
+        name: The column's.
+    """
     return tuple(number(row[name]) for row in rows)
 
 
-def _layer_panel(title: str, rows: pd.DataFrame, unit: str) -> CurvePanel:
+def _layer_panel(title: str, rows: pd.DataFrame, unit: str, verdicts: Sequence[str]) -> CurvePanel:
     told = _largest(rows)
-    x, effect = _column(told, "layer"), _column(told, "effect")
+    x, effect = column(told, "layer"), column(told, "effect")
     own = Curve(
-        name="probe's subspace", x=x, y=effect, low=_column(told, "ci_low"), high=_column(told, "ci_high"), look="line"
+        name="probe's subspace", x=x, y=effect, low=column(told, "ci_low"), high=column(told, "ci_high"), look="line"
     )
     random = Curve(
         name="random subspaces",
         x=x,
-        y=_column(told, "random_effect"),
-        low=_column(told, "random_low"),
-        high=_column(told, "random_high"),
+        y=column(told, "random_effect"),
+        low=column(told, "random_low"),
+        high=column(told, "random_high"),
         look="line",
     )
-    curves = (own, random, *_verdict_dots(told, x, effect), *_margins(told, x))
+    curves = (own, random, *_verdict_dots(told, x, effect, verdicts), *_margins(told, x))
     return CurvePanel(title=title, y_title=f"effect on {unit}", curves=curves)
 
 
-def _verdict_dots(told: Sequence[Row], x: tuple[float, ...], y: tuple[float, ...]) -> Iterator[Curve]:
-    for verdict, words in VERDICTS.items():
-        found = tuple(
-            value if text(row.get("verdict")) == verdict else math.nan for row, value in zip(told, y, strict=True)
-        )
-        yield Curve(name=words, x=x, y=found, look="dots")
+def _verdict_dots(
+    told: Sequence[Row], x: tuple[float, ...], y: tuple[float, ...], verdicts: Sequence[str]
+) -> Iterator[Curve]:
+    for verdict in verdicts:
+        held = [text(row.get("verdict")) == verdict for row in told]
+        found = tuple(value if own else math.nan for own, value in zip(held, y, strict=True))
+        yield Curve(name=VERDICTS[verdict], x=x, y=found, look="dots")
 
 
 def _margins(told: Sequence[Row], x: tuple[float, ...]) -> list[Curve]:
@@ -247,123 +256,14 @@ def _cancels(rows: pd.DataFrame) -> bool:
     return any(number(row["size"]) - abs(number(row["effect"])) > 0.25 * largest for row in told)
 
 
-def _size_panel(title: str, rows: pd.DataFrame, unit: str) -> CurvePanel:
+def _size_panel(title: str, rows: pd.DataFrame, unit: str, verdicts: Sequence[str]) -> CurvePanel:
     told = _largest(rows.assign(effect=rows["size"]))
-    x, size = _column(told, "layer"), _column(told, "size")
+    x, size = column(told, "layer"), column(told, "size")
     own = Curve(name="probe's subspace", x=x, y=size, look="line")
-    random = Curve(name="random subspaces", x=x, y=_column(told, "random_size"), look="line")
+    random = Curve(name="random subspaces", x=x, y=column(told, "random_size"), look="line")
     return CurvePanel(
-        title=title, y_title=f"mean |effect| on {unit}", curves=(own, random, *_verdict_dots(told, x, size))
+        title=title, y_title=f"mean |effect| on {unit}", curves=(own, random, *_verdict_dots(told, x, size, verdicts))
     )
-
-
-def dose_curves(effects: Effects, kind: str) -> Curves | None:
-    """Effect against strength, a panel for each of the places that are moved most; labels apart that move apart.
-
-    Args:
-        effects: All.
-        kind: Of site.
-
-    Returns:
-        None where nothing is steered.
-    """
-    rows = having(effects.own, site=kind, intervention=STEER)
-    if rows["strength"].nunique() < 2:
-        return None
-    groups = effects.apart(rows)
-    places = list(rows.groupby([*PLACE, "layer"], sort=False, dropna=False))
-    moved = sorted(range(len(places)), key=lambda at: -_most(having(places[at][1], group=tuple(groups))))[:BEST]
-    kept = sorted(moved, key=lambda at: number(places[at][1]["layer"].iloc[0]))
-    several = several_of(rows)
-    panels = [_dose_panel(places[at][1], groups, several, effects.unit) for at in kept]
-    ends = y_range(panels)
-    more = f"The {len(kept)} of {len(places)} places that are moved most." if len(places) > len(kept) else ""
-    apart = "Groups of prompts apart, as they are moved in opposite ways." if groups != [ALL] else ""
-    return Curves(
-        title=f"{effects.about[0]}: steering along the probe's direction, {kind}",
-        lines=(", ".join(effects.about[1:]), " ".join(filter(None, (effects.said, more, apart)))),
-        x_title="strength (standard deviations of the projections)",
-        panels=tuple(replace(panel, y_range=ends) for panel in panels),
-        across=3,
-        width=WIDTH,
-        one_legend=True,
-        linear=True,
-    )
-
-
-def _most(rows: pd.DataFrame) -> float:
-    return max((abs(number(value)) for value in rows["effect"] if math.isfinite(number(value))), default=0.0)
-
-
-def _dose_panel(rows: pd.DataFrame, groups: Sequence[str], several: Mapping[str, bool], unit: str) -> CurvePanel:
-    first = records(rows)[0]
-    curves = []
-    for group in groups:
-        told = sorted(records(having(rows, group=group)), key=lambda row: number(row["strength"]))
-        named = "" if list(groups) == [ALL] else f", {group}"
-        ends = {"low": _column(told, "ci_low"), "high": _column(told, "ci_high")}
-        curves.append(
-            Curve(name=f"probe's direction{named}", x=_column(told, "strength"), y=_column(told, "effect"), **ends)
-        )
-        random = [row for row in told if math.isfinite(number(row["random_effect"]))]
-        band = {"low": _column(random, "random_low"), "high": _column(random, "random_high")}
-        x, y = _column(random, "strength"), _column(random, "random_effect")
-        curves.append(Curve(name=f"random directions{named}", x=x, y=y, **band))
-        if controlled := [row for row in told if math.isfinite(number(row["control_effect"]))] if not named else []:
-            x, y = _column(controlled, "strength"), _column(controlled, "control_effect")
-            curves.append(Curve(name="control labels' direction", x=x, y=y))
-    title = ", ".join(filter(None, (f"layer {text(first['layer'])}", where(first, several=several))))
-    return CurvePanel(title=title, y_title=f"effect on {unit}", curves=tuple(curves))
-
-
-def downstream_curves(rows: pd.DataFrame, about: Sequence[str], measure: str) -> Curves | None:
-    """What later probes read before and after an erasure, a panel for each place that is erased.
-
-    Args:
-        rows: The table `causal_downstream`, of one checkpoint.
-        about: Task, model, prompts.
-        measure: What scores are.
-
-    Returns:
-        None where there are none.
-    """
-    if rows.empty:
-        return None
-    keys = ["probe", "erased_site", "erased_layer", "erased_head", "site"]
-    parts = list(rows.groupby(keys, sort=False, dropna=False))
-    several = {name: rows[name].nunique() > 1 for name in keys}
-    panels = [_downstream_panel(records(part), several, measure) for _, part in parts[:MAX_PANELS]]
-    low, high = y_range(panels)
-    more = f" The first {MAX_PANELS} of {len(parts)} erasures." if len(parts) > MAX_PANELS else ""
-    notes = f"Probes fitted on unedited activations, on prompts that are measured with and without the erasure.{more}"
-    return Curves(
-        title=f"{about[0]}: does what was erased come back?",
-        lines=(", ".join(about[1:]), notes),
-        x_title="layer that is read",
-        panels=tuple(replace(panel, y_range=(low, high)) for panel in panels),
-        across=3,
-        width=WIDTH,
-        one_legend=True,
-        linear=True,
-    )
-
-
-def _downstream_panel(told: Sequence[Row], several: Mapping[str, bool], measure: str) -> CurvePanel:
-    told = sorted(told, key=lambda row: number(row["layer"]))
-    first, x = told[0], _column(told, "layer")
-    head = "" if missing(first["erased_head"]) else f", head {text(first['erased_head'])}"
-    parts = [text(first["probe"]) if several["probe"] else "", text(first["site"]) if several["site"] else ""]
-    title = ", ".join(
-        filter(None, [f"erased at {text(first['erased_site'])} {text(first['erased_layer'])}{head}", *parts])
-    )
-    chance = _column(told, "chance")
-    curves = [
-        Curve(name="before", x=x, y=_column(told, "score_before")),
-        Curve(name="after", x=x, y=_column(told, "score_after")),
-    ]
-    if any(map(math.isfinite, chance)):
-        curves.append(Curve(name="best baseline", x=x, y=chance, look="reference"))
-    return CurvePanel(title=title, y_title=measure, curves=tuple(curves))
 
 
 def baseline_words(rows: pd.DataFrame) -> str:

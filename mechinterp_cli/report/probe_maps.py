@@ -42,7 +42,7 @@ def _column(rows: pd.DataFrame) -> str | None:
 
 def _map(scores: Scores, kind: str, rows: pd.DataFrame, column: str, tokens: Tokens) -> Heatmap:
     along = {"position": "template", "view": None}.get(column, "view")
-    keys = ["probe", *([along] if along else [])]
+    keys = [name for name in ("probe", along) if name == "probe" or (name and rows[name].nunique() > 1)]
     parts = list(rows.groupby(keys, sort=False, dropna=False))
     notes = [scores.scale, f"White: {_chance_name(scores)}."]
     if len(parts) > MAX_PANELS:
@@ -103,4 +103,6 @@ def _panel(rows: pd.DataFrame, title: str, column: str, layers: tuple[int, ...],
         quantity="score",
         tokens=known if column == "position" else (),
     )
-    return replace(panel, column_title="read at") if column == "view" else panel
+    if column != "view":
+        return panel
+    return replace(panel, column_title="read at", columns=tuple(map(show_text, distinct(rows, "view"))))

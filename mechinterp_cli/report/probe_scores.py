@@ -111,10 +111,10 @@ def score_curves(scores: Scores, kind: str) -> Curves:
     read = [_score_panel(scores, view, having(rows, view=view)) for view in kept]
     gained = [_selectivity_panel(view, having(scores.own, site=kind, view=view)) for view in kept]
     gained = [panel for panel in gained if panel.curves]
-    low, high = _ends(read)
+    low, high = ends_of(read)
     read = [_within(panel, low, high) for panel in read]
-    ends = _ends(gained) if gained else (0.0, 0.0)
-    gained = [_within(panel, *ends) for panel in gained]
+    low, high = ends_of(gained)
+    gained = [_within(panel, low, high) for panel in gained]
     panels = [panel for pair in zip(read, gained, strict=True) for panel in pair] if len(gained) == len(read) else read
     notes = [
         scores.scale,
@@ -193,8 +193,12 @@ def _drawn(value: float) -> float:
     return max(value, FLOOR) if math.isfinite(value) else math.nan
 
 
-def _ends(panels: Sequence[CurvePanel]) -> tuple[float, float]:
-    """What holds every line and band, and a margin; lines need no 0."""
+def ends_of(panels: Sequence[CurvePanel]) -> tuple[float, float]:
+    """What holds every line and band, and a margin; lines of scores need no 0.
+
+    Args:
+        panels: Those that share it.
+    """
     curves = [curve for panel in panels for curve in panel.curves]
     found = [value for curve in curves for part in (curve.y, curve.low or (), curve.high or ()) for value in part]
     found = [value for value in found if math.isfinite(value)] or [0.0]
@@ -217,10 +221,15 @@ def score_tables(scores: Scores, *, count: int, width: int, plain: bool) -> Iter
     """
     rows = scores.best(count)
     if rows:
+        # What all places share stands above the table.
+        shared = [found[0] for name in ("site", "view") if len(found := distinct(scores.own, name)) == 1]
         yield text_table(
-            [_cells(scores, row) for row in rows],
+            [_cells(scores, row, shared) for row in rows],
             _COLUMNS,
-            lines=(f"{scores.about[0]}: {scores.measure} of the best probes", ", ".join(scores.about[1:])),
+            lines=(
+                f"{scores.about[0]}: {scores.measure} of the best probes",
+                ", ".join([*scores.about[1:], *shared]),
+            ),
             width=width,
             plain=plain,
             notes={
@@ -247,9 +256,9 @@ def p_of(row: Row) -> object:
     return row["p_adjusted"] if text(row.get("p_adjusted")) else row.get("p")
 
 
-def _cells(scores: Scores, row: Row) -> Mapping[str, str]:
+def _cells(scores: Scores, row: Row, shared: Sequence[str]) -> Mapping[str, str]:
     return {
-        "where": text(row["label"]),
+        "where": ", ".join(part for part in text(row["label"]).split(", ") if part not in shared),
         "probe": text(row["probe"]),
         "score": figure(row["score"]),
         "interval": interval(row["ci_low"], row["ci_high"]),

@@ -41,6 +41,8 @@ def questions(verdicts: pd.DataFrame) -> Iterator[tuple[str, list[Row]]]:
         verdicts: The table, of one checkpoint.
     """
     rows = having(verdicts, group=ALL)
+    if rows.empty:
+        return
     keys = ["probe", "site", "intervention", "strength", "stream"]
     for _, part in rows.groupby(keys, sort=False, dropna=False):
         told = sorted(records(part), key=lambda row: number(row["layer"]))
@@ -151,16 +153,14 @@ def verdict_sentences(verdicts: pd.DataFrame) -> list[str]:
 
 def _outcomes(rows: Sequence[Row], column: str, yes: str, no: str) -> str:
     """The layers of each outcome, in words."""
-    names = {"yes": yes, "no": f"{no}, within the margin,", "inconclusive": "inconclusive", "": "no verdict"}
+    names = {"yes": yes, "no": f"{no} (within the margin)", "inconclusive": "inconclusive", "": "no verdict"}
     layers: dict[str, list[int]] = {name: [] for name in names}
     for row in rows:
         layers.setdefault(text(row[column]), []).append(int(number(row["layer"])))
     known = {name: sorted(set(found)) for name, found in layers.items() if found}
     if len(known) == 1:
         (name,) = known
-        return (
-            f"{names[name].rstrip(',')} at every layer" if len(known[name]) > 1 else f"{names[name]} {_at(known[name])}"
-        )
+        return f"{names[name]} at every layer" if len(known[name]) > 1 else f"{names[name]} {_at(known[name])}"
     told = ([f"nowhere {yes}"] if "yes" not in known else []) + [
         f"{names[name]} {_at(found)}" for name, found in known.items()
     ]

@@ -14,8 +14,11 @@ from mechinterp_cli.errors import UserError
 from mechinterp_cli.report.ablate import ablate_view
 from mechinterp_cli.report.attribute import TABLES as ATTRIBUTE_TABLES
 from mechinterp_cli.report.attribute import attribute_view
+from mechinterp_cli.report.circuit import TABLES as CIRCUIT_TABLES
+from mechinterp_cli.report.circuit import circuit_view
 from mechinterp_cli.report.heads import heads_view
 from mechinterp_cli.report.patch import patch_view
+from mechinterp_cli.report.probe import TABLES as PROBE_TABLES
 from mechinterp_cli.report.probe import probe_view
 from mechinterp_cli.report.shapes import Picture
 from mechinterp_cli.runs.directory import find_run
@@ -67,7 +70,8 @@ VIEWS: Mapping[str, ViewSource] = {
     "heads": ViewSource(heads_view, needs=("scores",), uses=("patterns", "prompts", "causal", "summary", "baselines")),
     "ablate": ViewSource(ablate_view, needs=("summary", "prompts"), uses=_ABLATE),
     "attribute": ViewSource(attribute_view, needs=("prompts",), uses=ATTRIBUTE_TABLES),
-    "probe": ViewSource(probe_view, needs=("probes",)),
+    "circuit": ViewSource(circuit_view, needs=("faithfulness",), uses=CIRCUIT_TABLES),
+    "probe": ViewSource(probe_view, needs=("probes",), uses=PROBE_TABLES),
 }
 """By subcommand."""
 
