@@ -76,7 +76,7 @@ def test_what_stands_in_the_last_token_is_read_and_random_labels_are_not(
 
 def test_scores_are_those_of_held_out_samples_fold_by_fold(readable: dict[str, Any], tmp_path: Path) -> None:
     rows = probe(tmp_path, readable).table("probes")
-    place = rows[(rows["site"] == "z") & (rows["head"] == 2) & rows["baseline"].isna()]
+    place = rows[(rows["site"] == "z") & (rows["head"] == 2) & rows["baseline"].isna() & (rows["target"] == "label")]
     folds = place[place["split"] == "test"].dropna(subset=["fold"])
     (over_all,) = place[place["fold"].isna()]["score"]
     assert sorted(folds["fold"]) == [0, 1, 2, 3]

@@ -1,7 +1,7 @@
 """What a probe's score is to be set beside: baselines, intervals, permuted and control labels, leaks."""
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -83,29 +83,6 @@ def permutation_p(observed: float, drawn: Sequence[float] | Floats) -> float:
     """
     # equal accuracies are equal, whatever rounding makes of sums
     return (1 + int((np.asarray(drawn) >= observed - 1e-12).sum())) / (1 + len(drawn))
-
-
-def permutation_test(
-    labels: Sequence[int] | Integers,
-    score: Callable[[Integers], Sequence[float]],
-    *,
-    groups: Sequence[str] | None = None,
-    draws: int = 199,
-    seed: int = 0,
-) -> tuple[float, Floats, float]:
-    """Score, scores with permuted labels, and p.
-
-    Args:
-        labels: [n].
-        score: From sets of labels [sets, n] to their scores, everything included that looks at labels: folds, the
-            choice of the penalty.
-        groups: [n].
-        draws: How many.
-        seed: Of the draws.
-    """
-    drawn = permuted_labels(labels, groups, draws=draws, seed=seed)
-    scores = np.asarray(score(np.concatenate([np.asarray(labels, dtype=np.int64)[None], drawn])), dtype=np.float64)
-    return float(scores[0]), scores[1:], permutation_p(float(scores[0]), scores[1:])
 
 
 def control_labels(types: Sequence[Hashable], labels: Sequence[int], *, seed: int) -> Integers:
