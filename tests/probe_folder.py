@@ -40,7 +40,7 @@ def planted_folder(folder: Path) -> Path:
     return write_folder(folder, model)
 
 
-def planted_task(path: Path, which: int, *, count: int = 200, length: int = 5) -> dict[str, Any]:
+def planted_task(path: Path, which: int, *, count: int = 120, length: int = 5) -> dict[str, Any]:
     """The task of a file of prompts whose answer is the used label of the last token, labelled with one of both.
 
     The twin of a prompt ends in a token of both other labels.

@@ -27,8 +27,8 @@ class Split:
     measured: tuple[int, ...]
 
     def facts(self) -> dict[str, Any]:
-        """For the manifest."""
-        return {"fitted": len(self.fitted), "held_out": len(self.held), "measured": list(self.measured)}
+        """For the manifest; what is in neither list is held out and not measured."""
+        return {"fitted": list(self.fitted), "measured": list(self.measured)}
 
 
 def hold_out(prompts: PromptSet, options: CausalOptions) -> tuple[tuple[int, ...], tuple[int, ...]]:

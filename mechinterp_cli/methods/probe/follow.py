@@ -81,7 +81,8 @@ class FollowUp:
         arms = self._arms(sites, self.readouts)
         job = make_job(arms, sites, self.places, self.measured, self._metrics(self._logits()))
         cost = cost_of(self.setting.loaded.config.engine, self.setting.model, job)
-        return {"probe": self.name, **self.split.facts(), "sites": len(sites), **cost}
+        counts = {"fitted": len(self.split.fitted), "measured": len(self.split.measured), "sites": len(sites)}
+        return {"probe": self.name, **counts, **cost}
 
     def tables(self, fitted: Sequence[Fitted], score: Score, bench: Bench) -> dict[str, Any]:
         """Sweep, and say what came of it.
