@@ -79,7 +79,7 @@ def test_a_direction_that_is_readable_but_unused_is_told_from_one_that_is_used(
     # the norm before the logits makes every answer less sure that anything large is added to
     assert set(rows[rows["intervention"] == "steer"]["used"]) == ({"yes"} if used == "yes" else {"inconclusive"})
     sizes = fixed["size"]
-    assert sizes.min() > 5 if used == "yes" else sizes.max() < 0.5
+    assert sizes.min() > 5 if used == "yes" else sizes.max() < 1.0
 
 
 def test_nothing_of_what_is_erased_comes_back_where_no_copy_was_left(follow: Callable[..., Run]) -> None:
