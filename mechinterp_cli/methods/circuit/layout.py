@@ -15,6 +15,7 @@ from mechinterp_cli.methods.circuit.sets import Handmade
 from mechinterp_cli.methods.circuit.splitting import Split
 from mechinterp_cli.methods.circuit.tables import Floats
 from mechinterp_cli.methods.experiment import Setting
+from mechinterp_cli.metrics import find_metric
 from mechinterp_cli.models.loaded import LoadedModel
 from mechinterp_cli.tasks.prompts import PromptSet
 
@@ -79,9 +80,14 @@ class Layout:
         return "clean" if self.options.direction == "noise" else "corrupt"
 
     @property
+    def better(self) -> int:
+        """1 where the metric is better the higher it is, else −1."""
+        return 1 if find_metric(self.metric).higher_is_better else -1
+
+    @property
     def sign(self) -> int:
-        """Of a score for a positive effect: an edge whose patching breaks the clean prompt helps."""
-        return -1 if self.options.direction == "noise" else 1
+        """Of a score for a positive effect: an edge whose patching makes the clean prompt worse helps."""
+        return self.better * (-1 if self.options.direction == "noise" else 1)
 
     def chosen(self, side: Side) -> list[int]:
         """The prompts of one side."""

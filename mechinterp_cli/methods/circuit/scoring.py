@@ -1,15 +1,25 @@
 """Scores of edges on the training prompts: bucket by bucket, each saved as it ends."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 
+from mechinterp_cli.engine import edge_scores as edge_scoring
+from mechinterp_cli.engine.acdc import acdc
 from mechinterp_cli.engine.circuit_graph import Graph
 from mechinterp_cli.engine.edge_patching import EdgePatching, Pairs, exact_edge_effects
+from mechinterp_cli.engine.edge_scores import edge_scores
 from mechinterp_cli.engine.wiring import Wiring
+from mechinterp_cli.errors import UserError
 from mechinterp_cli.methods.bench import Bench
+from mechinterp_cli.methods.circuit.choose import Bools, connected
 from mechinterp_cli.methods.circuit.circuits import Circuit, random_scores
 from mechinterp_cli.methods.circuit.evaluating import Bucket, buckets, pairs_of
 from mechinterp_cli.methods.circuit.layout import Layout
@@ -71,11 +81,46 @@ class Scoring:
 
     def _computed(self, name: ScoreName, number: int, bucket: Bucket) -> Values:
         """[edges, prompts] of effects on the first metric: what patching the edge alone does, or would do."""
-        engine = EdgePatching(self.wiring, self._pairs(bucket))
-        edges = np.arange(self.layout.graph.n_edges)
-        tick = self._ticker(number, len(edges))
-        effects = exact_edge_effects(engine, edges, self.metrics.on(bucket.members), tick)
-        return effects[..., 0].numpy().astype(np.float32)
+        pairs = self._pairs(bucket)
+        if name == "exact":
+            edges = np.arange(self.layout.graph.n_edges)
+            tick = self._ticker(number, len(edges))
+            with self._named(name):
+                found = exact_edge_effects(self._engine(pairs), edges, self.metrics.on(bucket.members), tick)
+            return found[..., 0].numpy().astype(np.float32)
+        index, options, done = torch.tensor(bucket.members), self.layout.options, 0
+
+        def metric(logits: Tensor, prompts: Tensor) -> Tensor:
+            return self.metrics.measurer.differentiable(logits, index.to(prompts.device)[prompts])[..., :1]
+
+        def tick_passes(items: int) -> None:
+            nonlocal done
+            done += items
+            report(done)
+
+        report = self._ticker(number, len(bucket.members) * _places(name, options, self.layout.graph))
+        with self._named(name):
+            estimates = edge_scores(
+                self.wiring,
+                edge_scoring.Pairs(pairs.own, pairs.other, pairs.read, pairs.span_of),
+                metric,
+                method=cast(edge_scoring.Method, name),
+                steps=options.steps,
+                tick=tick_passes,
+            )
+        return estimates.by_prompt.T
+
+    @contextmanager
+    def _named(self, name: ScoreName) -> Iterator[None]:
+        """What the engine refuses is said of a key of the section."""
+        try:
+            yield
+        except UserError as error:
+            path = ("circuit", "scores", self.layout.options.scores.index(name))
+            raise self.layout.loaded.error(path, error.cause, error.remedy) from error
+
+    def _engine(self, pairs: Pairs) -> EdgePatching:
+        return EdgePatching(self.wiring, pairs)
 
     def _pairs(self, bucket: Bucket) -> Pairs:
         return pairs_of(self.layout.prompts, bucket.members, self.layout.graph.spans, base=self.layout.base)
@@ -87,7 +132,34 @@ class Scoring:
         return tick
 
     def _acdc(self) -> list[Circuit]:
-        raise NotImplementedError
+        """What is left at every threshold; edges that are taken away carry the corrupted prompt."""
+        circuits, engines = list[Circuit](), list[EdgePatching]()
+
+        def evaluate(masks: Sequence[Bools]) -> Floats:
+            if not engines:
+                spans = self.layout.graph.spans
+                with self._named("acdc"):
+                    engines.extend(self._engine(pairs_of(self.layout.prompts, b.members, spans)) for b in self.buckets)
+            total = np.zeros(len(masks))
+            for engine, bucket in zip(engines, self.buckets, strict=True):
+                total += engine.run(masks, self.metrics.on(bucket.members))[..., 0].sum(1).numpy()
+            return -self.layout.better * total / len(self.train)
+
+        thresholds = self.layout.options.acdc.thresholds
+        for number, threshold in enumerate(thresholds):
+            saving = Saving(self.bench, f"score-acdc-{number:03d}", {"threshold": repr(threshold)})
+            kept = saving.read()
+            if kept is None:
+                tick = partial(self._tell, number, len(thresholds))
+                kept = acdc(self.wiring, evaluate, threshold, tick=tick).kept
+                saving.write(kept)
+            kept = np.asarray(kept, dtype=bool)
+            circuits.append(Circuit("acdc", connected(self.layout.topology, kept), threshold=threshold))
+        return circuits
+
+    def _tell(self, number: int, count: int, decided: int) -> None:
+        edges = self.layout.graph.n_edges
+        self.bench.progress.advance(number * edges + decided, count * edges)
 
 
 def _largest_thresholds(circuits: list[Circuit]) -> Floats:
@@ -99,8 +171,14 @@ def _largest_thresholds(circuits: list[Circuit]) -> Floats:
     return found
 
 
+def _places(name: ScoreName, options: CircuitOptions, graph: Graph) -> int:
+    """Backward passes over each prompt."""
+    blocks = 1 + 2 * graph.targets[-1].layer
+    return {"eap": 1, "clean_corrupted": 2, "eap_ig_inputs": options.steps}.get(name, blocks * options.steps)
+
+
 def passes(name: ScoreName, options: CircuitOptions, graph: Graph) -> int:
     """Forward passes that a score is worth, a backward pass counted as one."""
     if name in LINEAR:
-        return 2 + 2 * (options.steps if name in STEPPED else 2 if name == "clean_corrupted" else 1)
+        return 2 + 2 * _places(name, options, graph)
     return {"exact": graph.n_edges, "acdc": graph.n_edges * len(options.acdc.thresholds)}.get(name, 0)
