@@ -5,7 +5,7 @@ matrix products of weights [targets, sources] and differences [sources, cells ×
 given the same input share its rows. A source that is live to all that it matters to is kept in one running sum only.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,6 +19,9 @@ from mechinterp_cli.engine.wavefront import check_finite
 
 Inputs = Mapping[int, Float[Tensor, "prompts positions d_model"]]
 """Target to the difference of its input from the anchor's."""
+
+Asked = tuple[Routing, Needs]
+"""A pass: what its edges carry, and what of it is computed."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,34 +138,27 @@ class Base:
         return (int(needs.apart.sum()) + 4 * most + 12) * prompts * positions * d_model * 4
 
 
-def final_states(
-    base: Base, routings: Sequence[Routing], needs: Sequence[Needs]
-) -> Float[Tensor, "passes prompts d_model"]:
+def final_states(base: Base, some: Sequence[Asked]) -> Float[Tensor, "passes prompts d_model"]:
     """What the final norm and head are given in each pass, where each prompt is read."""
-    passes = _carried_out(base, routings, needs)
+    passes = _carried_out(base, some)
     anchor = base.anchor.entering[-1].flatten(0, 1)[base.read]
     logits = base.slots.logits
     return torch.stack([anchor + _read(base, one) if one.needs.targets[logits] else anchor for one in passes])
 
 
-def inputs_of(
-    base: Base, routings: Sequence[Routing], needs: Sequence[Needs], wanted: Sequence[Sequence[int]]
-) -> list[Inputs]:
-    """The difference of some targets' inputs from the anchor's in each pass; of those that differ.
+def inputs_of(base: Base, some: Sequence[Asked]) -> list[Inputs]:
+    """The difference of the wanted targets' inputs from the anchor's in each pass, of those that differ.
 
     Args:
         base: What passes start from.
-        routings: What edges carry in each pass.
-        needs: What is computed of each.
-        wanted: Of each pass the targets, `logits` not among them.
+        some: The passes; `logits` is none of their wanted targets.
     """
-    passes = _carried_out(base, routings, needs)
-    return [{t: one.found[t] for t in own if t in one.found} for one, own in zip(passes, wanted, strict=True)]
+    return [one.found for one in _carried_out(base, some)]
 
 
-def _carried_out(base: Base, routings: Sequence[Routing], needs: Sequence[Needs]) -> list[_Pass]:
+def _carried_out(base: Base, some: Sequence[Asked]) -> list[_Pass]:
     with base.layers.open():
-        passes = [_begun(base, *one) for one in zip(routings, needs, strict=True)]
+        passes = [_begun(base, *one) for one in some]
         for layer, slots in enumerate(base.slots.layers):
             _through(base, layer, slots, passes)
     return passes
@@ -203,9 +199,6 @@ def _apart(base: Base, one: _Pass, targets: Sequence[int], first: int) -> Float[
 
 
 def _weighed(weights: Float[Tensor, "n m"], x: Float[Tensor, "m cells d_model"]) -> Float[Tensor, "n cells d_model"]:
-    used = weights.any(0)
-    if not bool(used.all()):
-        weights, x = weights[:, used], x[used]
     return torch.unflatten(weights @ x.flatten(1), 1, x.shape[1:])
 
 
@@ -216,9 +209,10 @@ def _assembled(base: Base, one: _Pass, targets: Sequence[int]) -> Float[Tensor, 
         for span, (low, high) in enumerate(base.cells.bounds):
             carried = one.routing.other[span, list(targets)]
             used = np.flatnonzero(carried.any(0))
-            if len(used):
-                weights = torch.from_numpy(carried[:, used].astype(np.float32)).to(given.device)
-                given[:, low:high] += _weighed(weights, base.other[torch.from_numpy(used).to(given.device), low:high])
+            if len(used):  # sources stand in their order: what the targets read is a slice
+                own = slice(int(used[0]), int(used[-1]) + 1)
+                weights = torch.from_numpy(carried[:, own].astype(np.float32)).to(given.device)
+                given[:, low:high] += _weighed(weights, base.other[own, low:high])
     given = base.cells.restored(given)
     return given if one.shared is None else given + one.shared
 
@@ -237,7 +231,7 @@ def _through(base: Base, layer: int, slots: LayerSlots, passes: Sequence[_Pass])
         given = torch.unflatten(_assembled(base, one, first), 1, shape[:2])
         for at, own in enumerate(groups):
             difference = one.routing.pinned.get(own[0], given[at])
-            one.found.update(dict.fromkeys(own, difference))
+            one.found.update({target: difference for target in own if target in one.needs.wanted})
             places += [(number, target, len(blocks)) for target in own]
             blocks.append(difference)
         if reads_mlp:
@@ -319,7 +313,8 @@ def _mlp(
             own = base.cells.restored(_apart(base, one, [slots.mlp_input], known))[0]
             own = own if one.fresh is None else own + one.fresh
             given = given + own.view(given.shape)
-        one.found[slots.mlp_input] = given
+        if slots.mlp_input in one.needs.wanted:
+            one.found[slots.mlp_input] = given
         inputs.append(given)
     chosen = [number for number in begun if passes[number].needs.sources[slots.mlp]]
     if not chosen:
@@ -348,26 +343,21 @@ def _read(base: Base, one: _Pass) -> Float[Tensor, "prompts d_model"]:
     return given if one.shared is None else given + one.shared[read]
 
 
-def batches(
-    base: Base, routings: Iterator[Routing], wanted: Sequence[int], memory: int
-) -> Iterator[tuple[list[Routing], list[Needs]]]:
+def batches(base: Base, asked: Iterable[Asked], memory: int) -> Iterator[list[Asked]]:
     """Passes that fit into memory together, in their order.
 
     Args:
         base: What passes start from.
-        routings: What edges carry in each pass.
-        wanted: The targets that are asked for.
-        memory: Bytes that some passes may take.
+        asked: The passes.
+        memory: Bytes that some of them may take.
     """
-    some, needed, taken = list[Routing](), list[Needs](), 0
-    for routing in routings:
-        needs = base.slots.needs(routing, wanted)
+    some, taken = list[Asked](), 0
+    for routing, needs in asked:
         size = base.bytes_of(needs) + 2 * routing.live.nbytes
         if some and taken + size > memory:
-            yield some, needed
-            some, needed, taken = [], [], 0
-        some.append(routing)
-        needed.append(needs)
+            yield some
+            some, taken = [], 0
+        some.append((routing, needs))
         taken += size
     if some:
-        yield some, needed
+        yield some

@@ -31,6 +31,9 @@ from mechinterp_cli.models.walk import forward
 MEMORY = 2**29
 """Bytes that passes under way may take."""
 
+NEARLY_ALL = 0.98
+"""Circuits with a larger share of the edges are near to the stream that is run."""
+
 Anchor = Literal["own", "other"]
 
 
@@ -106,7 +109,7 @@ class EdgePatching:
         cells = max(1, pairs.own.shape[1] - pairs.start)
         per_prompt = cells * len(self.graph.sources) * wiring.anatomy.d_model * 4
         step = max(1, memory // (2 * per_prompt))
-        self.parts = [_Part(self, low, pairs.part(low, low + step)) for low in range(0, len(pairs.own), step)]
+        self.parts = [Part(self, low, pairs.part(low, low + step)) for low in range(0, len(pairs.own), step)]
         self.deviation = self._proved()
 
     def _check(self) -> None:
@@ -162,7 +165,7 @@ class EdgePatching:
 
     def _proved(self) -> float:
         """Largest error of logits of the first prompt, everything kept and nothing kept, each from the far stream."""
-        part = _Part(self, 0, Pairs.of(self.pairs.own[:1], self.pairs.other[:1]))
+        part = Part(self, 0, Pairs.of(self.pairs.own[:1], self.pairs.other[:1]))
         everything = np.ones(self.graph.n_edges, dtype=np.bool_)
         states = [next(part.states([kept], anchor)) for kept, anchor in ((everything, "other"), (~everything, "own"))]
         got = part.layers.walker.unembed(torch.cat([one[0] for one in states])).float()
@@ -178,7 +181,7 @@ class EdgePatching:
         return deviation
 
 
-class _Part:
+class Part:
     """Some of the prompts, with what both streams are there."""
 
     def __init__(self, whole: EdgePatching, low: int, pairs: Pairs) -> None:
@@ -230,23 +233,34 @@ class _Part:
         """Numbers of some circuits and their metrics [circuits, prompts, metrics], until all are done."""
         chosen: dict[Anchor, list[int]] = {"own": [], "other": []}
         for number in range(len(masks)):
-            chosen[self._anchor(int(masks[number].sum()))].append(number)
+            chosen[self._anchor(masks[number])].append(number)
         for anchor, numbers in chosen.items():
             done = 0
             for states in self.states((masks[number] for number in numbers), anchor):
                 yield numbers[done : done + len(states)], self.measured(states, measure)
                 done += len(states)
 
-    def _anchor(self, kept: int) -> Anchor:
-        """The stream that a circuit is nearer to."""
-        return "other" if self.pairs.ablation is None and 2 * kept <= self.graph.n_edges else "own"
+    def _anchor(self, kept: Bools) -> Anchor:
+        """The stream from which less has to be computed."""
+        share = float(kept.mean())
+        if self.pairs.ablation is not None or share > NEARLY_ALL:
+            return "own"
+        if share < 1 - NEARLY_ALL:
+            return "other"
+        wanted = [self.slots.logits]
+        own, other = (
+            self.slots.needs(self.slots.circuit(kept, anchored_in_other=far), wanted).targets.sum()
+            for far in (False, True)
+        )
+        return "own" if own < other else "other"
 
     def states(self, kept: Iterable[Bools], anchor: Anchor) -> Iterator[Float[Tensor, "circuits prompts d_model"]]:
         """What the final norm and head are given in some circuits at a time, where each prompt is read."""
         base = self.base(anchor)
         routings = (self.slots.circuit(one, anchored_in_other=anchor == "other") for one in kept)
-        for some, needs in batches(base, routings, [self.slots.logits], self.memory):
-            yield final_states(base, some, needs)
+        asked = ((routing, self.slots.needs(routing, [self.slots.logits])) for routing in routings)
+        for some in batches(base, asked, self.memory):
+            yield final_states(base, some)
 
     def measured(self, states: Float[Tensor, "n prompts d_model"], measure: Measure) -> Float[Tensor, "n prompts m"]:
         """Metrics of final states, by the model's own norm and head; float64 on the CPU."""

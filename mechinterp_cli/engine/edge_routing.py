@@ -110,11 +110,13 @@ class Needs:
         targets: Whose inputs differ from the anchor's and matter.
         sources: Whose outputs do.
         apart: Those of these sources that are live to some of those targets and not to others.
+        wanted: The targets whose inputs are asked for.
     """
 
     targets: Bool[np.ndarray, " targets"]
     sources: Bool[np.ndarray, " sources"]
     apart: Bool[np.ndarray, " sources"]
+    wanted: tuple[int, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,6 +164,12 @@ class Slots:
             return Routing(live, np.zeros_like(live), alters_embed=True)
         return Routing(live, self.allowed & ~live)
 
+    def mattering(self, kept: Bools) -> Bools:
+        """[targets], whose inputs can change the logits where only some edges, [edges], are kept."""
+        graph, live = self.graph, np.zeros_like(self.allowed)
+        live[graph.edge_target[kept], graph.edge_source[kept]] = True
+        return self._leading(live, [self.logits])[0]
+
     def needs(self, routing: Routing, wanted: Sequence[int]) -> Needs:
         """What must be computed to know the inputs of some targets.
 
@@ -178,7 +186,7 @@ class Slots:
         targets, sources = targets & hot, sources & active
         everywhere = routing.live.all(0)
         apart = (self.allowed & ~everywhere & (targets & ~pinned)[:, None]).any(0) & sources
-        return Needs(targets, sources, apart)
+        return Needs(targets, sources, apart, tuple(wanted))
 
     def _differing(self, live: Bools, hot: Bools, alters_embed: bool) -> tuple[Bools, Bools]:
         """Targets and sources that can differ from the anchor, from the beginning to the end."""
