@@ -81,7 +81,7 @@ class Binder:
         self.anatomy = anatomy
         self.prompts = prompts
 
-    def expand(self, blocks: Sequence[SiteBlock]) -> list[TrialSpec]:
+    def expand(self, blocks: Sequence[BaseConfig]) -> list[TrialSpec]:
         """One spec per trial, in the order block, layer, unit, position.
 
         Raises:
@@ -92,13 +92,15 @@ class Binder:
             specs += [grid.spec(at, len(specs) + at) for at in range(len(grid))]
         return specs
 
-    def grids(self, blocks: Sequence[SiteBlock]) -> Iterator[Grid]:
-        """The trials by block and layer.
+    def grids(self, blocks: Sequence[BaseConfig]) -> Iterator[Grid]:
+        """The trials by block and layer; blocks of another kind are passed over.
 
         Raises:
             UserError: A layer, head, neuron, position or span that is not there; names the key.
         """
         for number, block in enumerate(blocks):
+            if not isinstance(block, SiteBlock):
+                continue
             path: KeyPath = (self.section, "sites", number)
             places = tuple(self.places(block.positions, path))
             keys = self._keys(block, path)

@@ -19,6 +19,8 @@ from mechinterp_cli.methods.experiment import Experiment, Setting, Tables, prepa
 from mechinterp_cli.methods.interchange import Interchange, refuse_mean_of_keys
 from mechinterp_cli.methods.job import Job, Swept
 from mechinterp_cli.methods.patch.options import PatchOptions, bind, make_bucket
+from mechinterp_cli.methods.patch.paths import PathSpec, check_setting, expand_paths, path_status, path_values
+from mechinterp_cli.methods.patch.subspaces import Subspaces, along, of_the_file, read_subspaces
 from mechinterp_cli.methods.places import Binder
 from mechinterp_cli.methods.specs import TrialSpec
 from mechinterp_cli.metrics import check_prompts, find_metric
@@ -38,9 +40,11 @@ class PatchExperiment(Experiment):
         setting: Config, model, and the prompts that are kept.
         options: The section.
         bound: Its streams and sources, checked.
-        specs: Its trials.
+        specs: Its trials at sites.
+        paths: Its paths, numbered after them.
         logits: Clean logits [prompts, vocab], where a metric needs them.
         noise: Standard deviation of the noise of causal tracing.
+        subspaces: The directions of blocks that patch along some.
     """
 
     def __init__(
@@ -49,15 +53,19 @@ class PatchExperiment(Experiment):
         options: PatchOptions,
         bound: Interchange,
         specs: Sequence[TrialSpec],
+        paths: Sequence[PathSpec],
         logits: Tensor | None,
         noise: float | None,
+        subspaces: Subspaces,
     ) -> None:
         super().__init__(setting)
         self.options = options
         self.bound = bound
         self.specs = specs
+        self.paths = paths
         self.noise = noise
-        self.status = bound.status(specs)
+        self.subspaces = subspaces
+        self.status = np.concatenate([bound.status(specs), path_status(paths, bound)])
         self.job = self._job(logits)
 
     def _job(self, logits: Tensor | None) -> Job:
@@ -68,11 +76,12 @@ class PatchExperiment(Experiment):
         sites = {Site(spec.kind, layer) for spec in self.specs for layer in spec.layers}
         means = bound.means_of(model, sites, members, compute=self.setting.compute)
         metrics = measuring.Metrics.of(self.loaded.config.metrics, prompts, logits, model)
+        trials = (along(bound.trials(self.specs, m, means), self.specs, self.subspaces) for m in members)
         return Job(
             trials=len(self.specs),
             prompts=len(prompts.prompts),
             members=members,
-            works=tuple(Work(b, bound.trials(self.specs, m, means)) for m, b in zip(members, buckets, strict=True)),
+            works=tuple(Work(bucket, own) for bucket, own in zip(buckets, trials, strict=True)),
             measures=tuple(metrics.on(bound.expanded(m)) for m in members),
             metrics=self.loaded.config.metrics,
             draws=bound.draws,
@@ -101,10 +110,13 @@ class PatchExperiment(Experiment):
 
     def compute(self, bench: Bench) -> Tables:
         """Sweep, and put the values into tables."""
-        sweep = self._sweep(bench.sweep(self.job))
+        sweep = self._sweep(bench.sweep(self.job), bench)
         config, bound = self.loaded.config, self.bound
         bench.stage("working out statistics")
         rows = tables.trial_rows(self.specs, self.model.anatomy, op=bound.operation, source=bound.source_name)
+        swaps = {spec.index for spec in self.specs if spec.block in self.subspaces}
+        rows = [row | ({"op": "swap"} if row["trial"] in swaps else {}) for row in rows]
+        rows += [row for path in self.paths for row in path.rows(bound.source_name)]
         summary = tables.summary_frame(sweep, config.stats)
         written: dict[str, Any] = {"trials": rows, "baselines": tables.baseline_rows(sweep), "summary": summary}
         if config.output.rows != "summary":
@@ -114,13 +126,15 @@ class PatchExperiment(Experiment):
             bench.warn(warning)
         return written
 
-    def _sweep(self, swept: Swept) -> tables.Sweep:
-        base = self.bound.base_stream
+    def _sweep(self, swept: Swept, bench: Bench) -> tables.Sweep:
+        base, values = self.bound.base_stream, swept.values
+        if self.paths:
+            values = np.concatenate([values, path_values(self.paths, self.bound, self.model, self.job, bench)])
         return tables.Sweep(
             self.prompts,
-            self.specs,
+            (*self.specs, *self.paths),
             self.job.metrics,
-            swept.values,
+            values,
             self.status,
             dict(swept.streams),
             base,
@@ -155,6 +169,7 @@ class PatchExperiment(Experiment):
         rows = observations if config.output.rows == "all" else 0
         formats = chosen_formats(config.output.formats, rows)
         return cost_of(config.engine, self.model, self.job) | {
+            "paths": len(self.paths),
             "trivial": int((self.status == Status.TRIVIAL).sum()) * draws,
             "result_rows": rows,
             "result_bytes": rows * sum(RESULT_ROW_BYTES[form] for form in formats),
@@ -173,24 +188,31 @@ def prepare(options: PatchOptions, setting: Setting) -> PatchExperiment:
     loaded, model = setting.loaded, setting.model
     metrics = [find_metric(name) for name in loaded.config.metrics]
     check_prompts(metrics, setting.prompts.prompts, setting.prompts.task)
-    bound, specs = _lay_out(setting, options, setting.prompts)
+    subspaces = read_subspaces(loaded, options, model.anatomy)
+    options = of_the_file(options, subspaces)
+    bound, specs, paths = _lay_out(setting, options, setting.prompts)
     prompts, logits = measuring.select(setting, top=options.tracing is not None)
     if len(prompts.prompts) < len(setting.prompts.prompts):
-        bound, specs = _lay_out(setting, options, prompts)
+        bound, specs, paths = _lay_out(setting, options, prompts)
     tracing = options.tracing
     noise = None
     if tracing is not None:
         spread = measuring.embedding_spread(model, prompts, tracing.span) if setting.compute else 1.0
         noise = tracing.scale * spread
-    return PatchExperiment(replace(setting, prompts=prompts), options, bound, specs, logits, noise)
+    return PatchExperiment(replace(setting, prompts=prompts), options, bound, specs, paths, logits, noise, subspaces)
 
 
-def _lay_out(setting: Setting, options: PatchOptions, prompts: PromptSet) -> tuple[Interchange, Sequence[TrialSpec]]:
+def _lay_out(
+    setting: Setting, options: PatchOptions, prompts: PromptSet
+) -> tuple[Interchange, Sequence[TrialSpec], Sequence[PathSpec]]:
     """The streams and the trials, checked against model and prompts."""
     loaded, anatomy = setting.loaded, setting.model.anatomy
     bound = bind(loaded, options, anatomy, prompts)
     specs = Binder(loaded, "patch", anatomy, prompts).expand(options.sites)
     refuse_mean_of_keys(loaded, options, specs)
-    if not specs:
+    paths = expand_paths(loaded, options.sites, anatomy, len(specs))
+    if paths:
+        check_setting(loaded, paths[0].block, bound, setting.model)
+    if not specs and not paths:
         raise loaded.error(("patch", "sites"), "there is no trial", "Name at least one site.")
-    return bound, specs
+    return bound, specs, paths

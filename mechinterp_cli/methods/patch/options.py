@@ -6,11 +6,11 @@ Activation patching (Vig et al. 2020; Meng et al. 2202.05262; conventions of Hei
 """
 
 from collections.abc import Sequence
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import pyarrow as pa
 import torch
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag
 from torch import Tensor
 
 from mechinterp_cli.config.base import BaseConfig
@@ -20,6 +20,7 @@ from mechinterp_cli.engine.edits import Bucket
 from mechinterp_cli.errors import UserError
 from mechinterp_cli.methods import interchange
 from mechinterp_cli.methods.interchange import Interchange, InterchangeOptions
+from mechinterp_cli.methods.patch.paths import PathBlock
 from mechinterp_cli.methods.places import SiteBlock
 from mechinterp_cli.models.anatomy import Anatomy
 from mechinterp_cli.runs.schema import column, register_columns
@@ -45,14 +46,34 @@ class TracingOptions(BaseConfig):
     """Seed of the noise."""
 
 
+class PatchBlock(SiteBlock):
+    """A family of trials: one kind of site over layers, heads or neurons, and positions."""
+
+    directions: Text | None = None
+    """For the residual stream: a .safetensors file of tensors [directions, d_model] named `SITE.LAYER`, such as
+    `directions.safetensors` of a `probe` run. Only what lies along them is put there: x + BᵀB (x' − x), B their
+    orthonormal rows. `layers: all` is then all layers of the file."""
+
+
+def _kind_of_block(block: Any) -> str:
+    """Which of the two kinds a block is meant to be."""
+    return "paths" if isinstance(block, PathBlock) or (isinstance(block, dict) and "path" in block) else "places"
+
+
+Block = Annotated[
+    Annotated[PatchBlock, Tag("places")] | Annotated[PathBlock, Tag("paths")], Discriminator(_kind_of_block)
+]
+"""Activations at one kind of site, or paths."""
+
+
 class PatchOptions(InterchangeOptions):
     """The `patch:` section."""
 
     method_name: ClassVar[str] = "patch"
     tracing: TracingOptions | None = None
     """Causal tracing instead of a corrupted prompt."""
-    sites: Annotated[tuple[SiteBlock, ...], Field(min_length=1)]
-    """Blocks of trials."""
+    sites: Annotated[tuple[Block, ...], Field(min_length=1)]
+    """Blocks of trials: activations at a kind of site, or a `path` from senders to receivers."""
 
 
 def bind(loaded: LoadedConfig, options: PatchOptions, anatomy: Anatomy, prompts: PromptSet) -> Interchange:
