@@ -39,6 +39,8 @@ class Fake:
     baselines: Sequence[str] = ("majority", "bag", "random_weights")
     control: bool = True
     code: bool = False
+    learning: Sequence[int] = ()
+    """How many training samples there are."""
     classes: Sequence[str] = ("false", "true")
     """None: numbers."""
     projected: bool = False
@@ -47,6 +49,8 @@ class Fake:
     groups: Sequence[str] = ()
     """The second is moved the other way round."""
     draws: int = 199
+    labelled: bool = False
+    """Effects of single prompts are known: those of the first class are moved the other way round."""
     erased: Sequence[int] = ()
     """Layers under whose erasure later ones are read."""
     tokens: Sequence[str] = WORDS
@@ -153,6 +157,17 @@ class Fake:
         ]
         return frame("code", self.every(rows))
 
+    def learning_table(self) -> pd.DataFrame:
+        rows = []
+        for place in self.places:
+            for probe in self.probes:
+                for size in self.learning:
+                    score = 0.5 + (self.score(place, probe) - 0.5) * size / max(self.learning)
+                    ends = {"ci_low": score - 0.05, "ci_high": score + 0.04}
+                    known = {"probe": probe, "measure": self.measure, "n_train": size, "n": 64}
+                    rows.append({**place, **known, "score": score, **ends})
+        return frame("learning", self.every(rows))
+
     def projections_table(self) -> pd.DataFrame:
         rng = np.random.default_rng(0)
         rows = []
@@ -240,6 +255,27 @@ class Fake:
                 if row["intervention"] != "steer" or row["strength"] == max(self.strengths)]  # fmt: skip
         return frame("causal_verdicts", self.every(rows))
 
+    def causal_prompts_table(self) -> pd.DataFrame:
+        rows = [
+            self._causal_place(layer, None)
+            | {"intervention": "steer", "strength": strength, "stream": "clean", "metric": "logit_diff"}
+            | {"direction": direction, "prompt": prompt, "cluster": str(prompt), "value": 0.0}
+            | {
+                "effect": self.effect(layer, strength, "all")
+                * (prompt % 2 * 2 - 1)
+                * (1 if direction == "probe" else 7)
+            }
+            for layer in range(self.layers)
+            for strength in self.strengths
+            for prompt in range(8)
+            for direction in ("probe", "control 0")
+        ]
+        return frame("causal_prompts", self.every(rows))
+
+    def labels_table(self) -> pd.DataFrame:
+        rows = [{"prompt": prompt, "class": self.classes[prompt % 2], "target": prompt % 2} for prompt in range(64)]
+        return frame("labels", self.every(rows))
+
     def causal_downstream_table(self) -> pd.DataFrame:
         rows = [
             {"probe": self.probes[0], "erased_site": "resid_post", "erased_layer": erased, "site": "resid_post",
@@ -258,7 +294,12 @@ class Fake:
 
     def tables(self) -> dict[str, pd.DataFrame]:
         """All tables that the run has."""
-        names = ["probes", "prompts"] + ["code"] * self.code + ["projections"] * self.projected
+        names = (
+            ["probes", "prompts"]
+            + ["code"] * self.code
+            + ["learning"] * bool(self.learning)
+            + ["projections"] * self.projected
+        )
         names += ["causal_effects", "causal_verdicts"] * bool(self.interventions)
-        names += ["causal_downstream"] * bool(self.erased)
+        names += ["causal_downstream"] * bool(self.erased) + ["causal_prompts", "labels"] * self.labelled
         return {name: getattr(self, f"{name}_table")() for name in names}

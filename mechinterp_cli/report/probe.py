@@ -14,6 +14,7 @@ from mechinterp_cli.report.patch import first_tokens
 from mechinterp_cli.report.probe_causal import PROBE, Effects, layer_curves
 from mechinterp_cli.report.probe_code import code_curves
 from mechinterp_cli.report.probe_dose import dose_curves, downstream_curves, labelled_prompts
+from mechinterp_cli.report.probe_learning import learning_curves
 from mechinterp_cli.report.probe_maps import score_maps
 from mechinterp_cli.report.probe_projections import projection_histograms
 from mechinterp_cli.report.probe_scores import NAMES, Scores, score_curves, score_tables
@@ -31,7 +32,7 @@ HEADLINE = ("table", *SCORES, *BASELINES, "n", *VERDICTS, *ANSWERS)
 """Rows of two tables, told apart by `table`; what a table does not have is null."""
 TABLE_TITLES = {"probes": "Best probes", "causal_verdicts": "Readable? Used?"}
 _CAUSAL = ("causal_effects", "causal_verdicts", "causal_prompts", "causal_downstream")
-TABLES = ("code", "projections", *_CAUSAL, "labels", "prompts")
+TABLES = ("code", "learning", "projections", *_CAUSAL, "labels", "prompts")
 """Those that a run may lack."""
 Shape = Heatmap | Curves | Histogram
 
@@ -42,6 +43,7 @@ class ProbeView:
 
     scores: Scores
     code: pd.DataFrame
+    learning: pd.DataFrame
     projections: pd.DataFrame
     effects: Effects
     verdicts: pd.DataFrame
@@ -59,7 +61,7 @@ class ProbeView:
 
     @property
     def pictures(self) -> Sequence[tuple[str, Picture]]:
-        """Scores by layer and as maps, code length, projections; effects by layer and strength, and downstream."""
+        """Scores by layer, maps, code length, learning curve, projections; effects by layer, strength, downstream."""
         # Altair takes half a second to import, which the terminal's view need not wait for.
         from mechinterp_cli.report import curves, heatmap, histogram
 
@@ -75,6 +77,7 @@ class ProbeView:
             yield f"scores-{kind}", score_curves(self.scores, kind)
         yield from score_maps(self.scores, self.tokens)
         yield "code", code_curves(self.code, self.scores.about)
+        yield "learning", learning_curves(self.learning, self.scores)
         yield "projections", projection_histograms(self.projections, self.scores, self.classes)
         for kind in distinct(self.effects.rows, "site"):
             yield f"causal-{kind}", layer_curves(self.effects, kind)
@@ -144,6 +147,7 @@ def probe_view(manifest: Manifest, tables: Mapping[str, pd.DataFrame]) -> ProbeV
             level=level,
         ),
         code=last["code"],
+        learning=last["learning"],
         projections=last["projections"],
         effects=Effects(rows=first("causal_effects"), prompts=moved, about=title, level=level),
         verdicts=first("causal_verdicts"),

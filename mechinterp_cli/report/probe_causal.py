@@ -261,9 +261,8 @@ def _size_panel(title: str, rows: pd.DataFrame, unit: str, verdicts: Sequence[st
     x, size = column(told, "layer"), column(told, "size")
     own = Curve(name="probe's subspace", x=x, y=size, look="line")
     random = Curve(name="random subspaces", x=x, y=column(told, "random_size"), look="line")
-    return CurvePanel(
-        title=title, y_title=f"mean |effect| on {unit}", curves=(own, random, *_verdict_dots(told, x, size, verdicts))
-    )
+    curves = (own, random, *_verdict_dots(told, x, size, verdicts), *_margins(told, x)[:1])
+    return CurvePanel(title=title, y_title=f"mean |effect| on {unit}", curves=curves)
 
 
 def baseline_words(rows: pd.DataFrame) -> str:

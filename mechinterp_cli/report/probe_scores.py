@@ -155,7 +155,7 @@ def _score_panel(scores: Scores, view: str, rows: pd.DataFrame) -> CurvePanel:
     x = lines[0].x if lines else ()
     for name in scores.baselines:
         for row in records(having(scores.rows, baseline=name, view=view))[: int(name != TWIN)]:
-            y = _drawn(number(row["score"]))
+            y = drawn(number(row["score"]))
             lines.append(Curve(name=NAMES.get(name, name), x=x, y=(y,) * len(x), look="reference"))
     return CurvePanel(title=view, y_title=scores.measure, curves=tuple(lines))
 
@@ -181,15 +181,20 @@ def by_layer(name: str, rows: pd.DataFrame, column: str = "score", *, bands: boo
         if layer not in best or number(row["score"]) > number(best[layer]["score"]):
             best[layer] = row
     order = sorted(best)
-    y = tuple(_drawn(number(best[layer][column])) for layer in order)
+    y = tuple(drawn(number(best[layer][column])) for layer in order)
     x = tuple(float(layer) for layer in order)
     if not bands:
         return Curve(name=name, x=x, y=y)
-    low, high = (tuple(_drawn(number(best[layer][end])) for layer in order) for end in ("ci_low", "ci_high"))
+    low, high = (tuple(drawn(number(best[layer][end])) for layer in order) for end in ("ci_low", "ci_high"))
     return Curve(name=name, x=x, y=y, low=low, high=high)
 
 
-def _drawn(value: float) -> float:
+def drawn(value: float) -> float:
+    """A number as it is drawn: not below the floor.
+
+    Args:
+        value: NaN stays.
+    """
     return max(value, FLOOR) if math.isfinite(value) else math.nan
 
 
