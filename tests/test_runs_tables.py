@@ -246,7 +246,7 @@ def test_a_table_stands_for_a_method_s_runs_only_where_it_can() -> None:
     assert found is not None
     assert (found.table, found.metric) == ("scores", "score")
     assert schema.standing_of("patch") is None
-    for table, metric, lacks in (("causal", "metric", "value, status"), ("scores", "chance", "the key chance")):
+    for table, metric, lacks in (("causal", "metric", "value"), ("scores", "chance", "the key chance")):
         with pytest.raises(ValueError, match=f"{table}: lacks {lacks}"):
             schema.register_standing("heads", schema.Standing(table, metric, "head", "head {layer}"))
     assert schema.standing_of("heads") == found

@@ -42,8 +42,8 @@ def compare(
 ) -> None:
     """Compare two runs, row by row, for each metric and kind of site.
 
-    Trials are joined by place and metric; all prompts and the main aggregate count. Of heads runs the scores are
-    compared. An attribute run beside a patch run: each estimator's estimates beside the exact effects (their sizes,
+    Trials are joined by place and metric; all prompts and the main aggregate count. Of heads and probe runs the scores
+    are compared. An attribute run beside a patch run: each estimator's estimates beside the exact effects (their sizes,
     where estimates have no sign). With checkpoints each is compared with the one of the same name. Rows that are 0
     in both because causality says so (trivial) are counted apart, and in no mean, correlation, overlap or share.
     What is not defined (a correlation of two rows) is empty and explained.

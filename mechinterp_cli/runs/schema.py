@@ -4,7 +4,7 @@ A method adds its own columns with `register_columns`, beside the code that fill
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -148,7 +148,7 @@ _KEYS: dict[str, tuple[str, ...]] = {
     "results": ("checkpoint", "trial", "prompt", "metric", "draw"),
     "summary": ("checkpoint", "trial", "metric", "group", "aggregate"),
 }
-PARQUET_ONLY = frozenset({"trials", "baselines", "prompts", "patterns", "words"})
+PARQUET_ONLY = frozenset({"trials", "baselines", "prompts", "patterns", "words", "predictions"})
 """Tables that are never written as CSV: for looking things up, not for reading."""
 
 _extensions: dict[tuple[str, str], list[pa.Field]] = {}
@@ -160,11 +160,15 @@ class Standing:
 
     table: str
     metric: str
-    """The column that says what was measured; `value` holds the number."""
+    """The column that says what was measured."""
     site: str
-    """What kind of place every row is of."""
+    """What kind of place every row is of; empty where the column `site` says it."""
     label: str
     """The place in words, a format of the row's columns: `head {layer}.{head}`."""
+    value: str = "value"
+    """The column that holds the number."""
+    only: Mapping[str, str | None] = field(default_factory=dict)
+    """Which rows stand for the run: column to what it holds, None for null."""
 
 
 _standing: dict[str, Standing] = {}
@@ -202,13 +206,14 @@ def register_standing(method: str, standing: Standing) -> None:
 
     Args:
         method: The subcommand.
-        standing: The table, and how its columns are read. It has a column `status`.
+        standing: The table, and how its columns are read. Without a column `status` every number is `ok`.
 
     Raises:
         ValueError: The table has no keys, or its columns are not those that are named.
     """
     schema = table_schema(standing.table, method)
-    lacking = [name for name in (standing.metric, "value", "status") if name not in schema.names]
+    named = (standing.metric, standing.value, *standing.only, *([] if standing.site else ["site"]))
+    lacking = [name for name in named if name not in schema.names]
     if lacking or standing.metric not in table_keys(standing.table):
         raise ValueError(f"{standing.table}: lacks {', '.join(lacking) or f'the key {standing.metric}'}")
     _standing[method] = standing

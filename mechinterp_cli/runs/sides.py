@@ -64,7 +64,7 @@ def read_side(path: Path) -> Side:
         problem = f"{path}: the run has no {file.name}"
         raise UserError(problem, "Run it again with `output.formats: auto`.")
     frame = to_frame(read_parquet(file))
-    wanted = NEEDED if standing is None else (*table_keys(standing.table), "value", "status")
+    wanted = NEEDED if standing is None else (*table_keys(standing.table), standing.value)
     missing = [name for name in wanted if name not in frame]
     if missing:
         raise RunError(f"{file}: columns missing: {', '.join(missing)}", "`mechinterp verify` checks a run.")
@@ -105,18 +105,21 @@ def main_rows(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def _standing_rows(frame: pd.DataFrame, standing: Standing) -> pd.DataFrame:
-    """The table's keys and values under the summary's names; nothing is an effect, and nothing normalises."""
-    keys = [name for name in table_keys(standing.table) if name != standing.metric]
-    labels = [standing.label.format_map(row) for row in frame[keys].to_dict("records")]
+    """The table's rows and values under the summary's names; nothing is an effect, and nothing normalises."""
+    for name, wanted in standing.only.items():
+        frame = frame[frame[name].isna() if wanted is None else (frame[name] == wanted).fillna(False)]
+    labels = [standing.label.format_map(row) for row in frame.to_dict("records")]
     text, number = pd.ArrowDtype(pa.string()), pd.ArrowDtype(pa.float64())
     none = pd.Series(pd.NA, index=frame.index, dtype=number)
-    return frame[[*keys, "value", "status"]].assign(
+    return frame.assign(
+        value=frame[standing.value],
+        status=frame["status"] if "status" in frame else pd.Series("ok", index=frame.index, dtype=text),
         metric=frame[standing.metric],
-        site=standing.site,
+        site=standing.site or frame["site"],
         label=pd.Series(labels, index=frame.index, dtype=text),
         trial=range(len(frame)),
         group=ALL_GROUPS,
         aggregate="mean",
         effect=none,
         normalized=none,
-    )
+    ).reset_index(drop=True)
