@@ -110,7 +110,7 @@ def test_baselines_stand_beside(readable: dict[str, Any], tmp_path: Path) -> Non
     run = probe(tmp_path, readable)
     rows, labels = whole(run), run.table("labels")["class"]
     by_name = rows.dropna(subset=["baseline"]).groupby("baseline")
-    assert set(by_name.groups) == {"majority", "bag", "random_weights"}
+    assert set(by_name.groups) == {"majority", "bag", "embedding", "random_weights"}
     (majority,) = by_name.get_group("majority")["score"]
     assert majority <= labels.value_counts().max() / len(labels)
     assert len(by_name.get_group("random_weights")) == 2 + 4

@@ -134,6 +134,33 @@ register_columns(
     ],
     keys=(*_PLACE_KEYS, "probe", "target", "baseline", "split", "fold"),
 )
+# What the probe of the other folds says of each sample; `probability` is that of the sample's own class.
+register_columns(
+    "probe",
+    "predictions",
+    [
+        *_PLACE,
+        *_required("probe"),
+        *_counts("prompt"),
+        *_indices("word"),
+        *_counts("fold"),
+        *_texts("class", "predicted_class"),
+        *_reals("target", "predicted", "probability"),
+    ],
+    keys=(*_PLACE_KEYS, "probe", "prompt", "word"),
+)
+# Scores of held-out samples by how many samples a fold's probe is fitted on, with the penalty that it chose of all.
+register_columns(
+    "probe",
+    "learning",
+    [
+        *_PLACE,
+        *_required("probe", "measure"),
+        *_counts("n_train", "n"),
+        *_reals("score", "ci_low", "ci_high"),
+    ],
+    keys=(*_PLACE_KEYS, "probe", "n_train"),
+)
 # Online code length of the labels, in bits.
 register_columns("probe", "code", [*_PLACE, *_reals("bits", "uniform", "compression")], keys=_PLACE_KEYS)
 # What every text or word is labelled with.

@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from mechinterp_cli.config.schema import memory_bytes
-from mechinterp_cli.engine.activations import feature_shape
+from mechinterp_cli.engine.activations import Asked, feature_shape
+from mechinterp_cli.engine.edits import Site
 from mechinterp_cli.engine.plan import free_memory
 from mechinterp_cli.errors import UserError
 from mechinterp_cli.methods.bench import Bench
@@ -21,7 +22,9 @@ from mechinterp_cli.methods.probe.fitting import Fitting, save_directions, usual
 from mechinterp_cli.methods.probe.follow import FollowUp
 from mechinterp_cli.methods.probe.follow_checks import follow_up, with_directions, with_name
 from mechinterp_cli.methods.probe.honesty import leak_warnings
+from mechinterp_cli.methods.probe.learning import learning_rows
 from mechinterp_cli.methods.probe.options import OF_NUMBERS, ProbeName, ProbeOptions
+from mechinterp_cli.methods.probe.predictions import prediction_table
 from mechinterp_cli.methods.probe.projections import projection_rows
 from mechinterp_cli.methods.probe.readable import Scores
 from mechinterp_cli.methods.probe.readout import Readout, Row, bags, control_problem
@@ -34,6 +37,7 @@ from mechinterp_cli.tasks.labelled import LabelledSet, label_rows, labelled
 
 MEMORY_SHARE = 0.5
 """Of the budget, for activations; the rest is for fitting."""
+EMBEDDING = Site("embed", 0)
 
 
 class ProbeExperiment(Experiment):
@@ -88,6 +92,7 @@ class ProbeExperiment(Experiment):
         bench.stage("fitting probes")
         rows: list[Row] = []
         codes: list[Row] = []
+        curve: list[Row] = []
         for number, readout in enumerate(self.readouts):
             bench.progress.advance(number, len(self.readouts))
             x = self._x(found, readout.reading)
@@ -95,14 +100,18 @@ class ProbeExperiment(Experiment):
             rows += [self._place(readout.reading) | row for row in readout.rows(self.names, x, drawn)]
             if self.options.code_length:
                 codes.append(self._place(readout.reading) | readout.code(x))
-        rows = with_chance(rows) + self._baselines(bench)
+            if self.options.learning_curve:
+                curve += [self._place(readout.reading) | row for row in learning_rows(readout, x)]
+        rows = with_chance(rows) + self._baselines(found, bench)
         labels = list(map(_plain, label_rows(self.examples)))
         tables: dict[str, Any] = {"probes": rows, "labels": labels}
         bench.stage("projections of held-out samples")
         along = projection_rows(self.readouts, rows, labels, lambda reading: self._x(found, reading), self._place)
         tables |= {"projections": along} if along else {}
         self._warn_unconverged(bench, rows)
-        tables |= {"code": codes} if codes else {}
+        tables |= {name: kept for name, kept in (("code", codes), ("learning", curve)) if kept}
+        if self.options.predictions:
+            tables["predictions"] = prediction_table(self.readouts, labels, self.examples.classes, self._place)
         return tables | self._followed(found, rows, bench)
 
     def _followed(self, found: Activations, rows: Sequence[Row], bench: Bench) -> dict[str, Any]:
@@ -137,17 +146,25 @@ class ProbeExperiment(Experiment):
         source = Source(
             model,
             tuple(prompt.clean_tokens for prompt in self.prompts.prompts),
-            asked_of([readout.reading for readout in self.readouts]),
+            self._asked(model),
             finite=engine.on_nan == "error",
             tick=bench.progress.advance,
         )
         return activations(source, Keeping(self.options.cache, int(MEMORY_SHARE * budget)), say=bench.warn)
 
+    def _asked(self, model: LoadedModel) -> Asked:
+        """All places, and the embedding at all views where it stands beside them."""
+        asked = asked_of([readout.reading for readout in self.readouts])
+        if model is self.model and "embedding" in self.options.baselines:
+            views = {readout.reading.view.name: readout.reading.view for readout in self.readouts}
+            asked[EMBEDDING] = list(views.values())
+        return asked
+
     def _x(self, found: Activations, reading: Reading) -> Tensor:
         return found.at(reading.site, reading.head, reading.view.name)
 
-    def _baselines(self, bench: Bench) -> list[Row]:
-        """Majority and tokens once for each view, random weights at every place."""
+    def _baselines(self, activations: Activations, bench: Bench) -> list[Row]:
+        """Majority, tokens and their embedding once for each view, random weights at every place."""
         asked, name, rows = self.options.baselines, self.names[0], list[Row]()
         for readout in {readout.reading.view.name: readout for readout in self.readouts}.values():
             place = {"view": readout.reading.view.name, "label": readout.reading.view.name}
@@ -155,6 +172,9 @@ class ProbeExperiment(Experiment):
                 rows.append(place | readout.majority())
             if "bag" in asked:
                 rows.append(place | readout.beside(name, "bag", bags(list(self._before(readout.reading)))))
+            if "embedding" in asked:
+                x = activations.at(EMBEDDING, None, readout.reading.view.name)
+                rows.append(place | readout.beside(name, "embedding", x))
         if "random_weights" in asked:
             bench.stage("the same model with random weights")
             found = self._activations(random_twin(self.model, self.options.seed), bench)

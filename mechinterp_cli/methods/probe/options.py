@@ -11,7 +11,7 @@ from mechinterp_cli.methods.probe.causal_options import CausalOptions
 from mechinterp_cli.methods.probe.sites import ProbeSites
 
 ProbeName = Literal["logistic", "mass_mean", "mass_mean_whitened", "lda", "mlp", "ridge"]
-Baseline = Literal["majority", "bag", "random_weights"]
+Baseline = Literal["majority", "bag", "embedding", "random_weights"]
 Penalty = Annotated[Number, Field(gt=0)]
 Draws = Annotated[int, Field(strict=True, ge=0)]
 FoldCount = Annotated[int, Field(strict=True, ge=2)]
@@ -38,14 +38,18 @@ class ProbeOptions(MethodOptions):
     """Of scores. Texts of one group, such as a fact, never stand on both sides."""
     inner_folds: FoldCount = 3
     """Of each fold's training samples, for the choice of the penalty."""
-    baselines: tuple[Baseline, ...] = ("majority", "bag", "random_weights")
-    """`majority` class (the mean, of numbers), `bag` of the tokens up to where the probe reads, and the same model with
-    `random_weights`."""
+    baselines: tuple[Baseline, ...] = ("majority", "bag", "embedding", "random_weights")
+    """`majority` class (the mean, of numbers), `bag` of the tokens up to where the probe reads, the `embedding` of the
+    tokens that it reads, and the same model with `random_weights`."""
     control: Flag = True
     """Where words are labelled: also probe labels drawn once per word type (Hewitt & Liang 2019); accuracy less theirs
     is the selectivity."""
     permutations: Draws = 199
     """How often labels are permuted for the p-value beside a score, and for what is scored by chance; 0: none."""
+    learning_curve: Flag = False
+    """Also score probes of fewer training samples, doubling from 8 up to all: the table `learning`."""
+    predictions: Flag = True
+    """Keep what every probe says of every held-out sample: the table `predictions`."""
     code_length: Flag = False
     """Online code length of the labels in bits (Voita & Titov 2020), by logistic probes."""
     causal: CausalOptions | None = None

@@ -33,6 +33,7 @@ class Readout:
         options: The section.
         stats: How intervals are made.
         correct: `Outcome.correct` of every probe fitted to the labels so far, by its name and baseline.
+        outcomes: Of the probes fitted to the activations so far.
     """
 
     reading: Reading
@@ -41,6 +42,7 @@ class Readout:
     options: ProbeOptions
     stats: StatsOptions
     correct: dict[tuple[ProbeName, str | None], Tensor] = field(default_factory=dict)
+    outcomes: dict[ProbeName, Outcome] = field(default_factory=dict)
 
     def rows(self, names: Sequence[ProbeName], x: Tensor, exchanged: Integers) -> Iterator[Row]:
         """Of every probe: over all folds, and of each fold in training and in test.
@@ -52,7 +54,7 @@ class Readout:
         """
         for name in names:
             found = fit(name, x, self.problem, self.options)
-            self.correct[name, None] = found.correct
+            self.correct[name, None], self.outcomes[name] = found.correct, found
             control = None if self.control is None else fit(name, x, self.control, self.options)
             by_chance = chance(name, x, self.problem, self.options.penalties, exchanged)
             yield self._whole(found, name, control) | {CHANCE: by_chance}
