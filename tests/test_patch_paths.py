@@ -86,7 +86,7 @@ def test_paths_alone_and_pairs_that_do_not_differ(tmp_path: FilePath, capsys: py
     assert results.groupby("prompt")["status"].unique().map(list).tolist() == [["trivial"], ["ok"]]
     assert results["effect"].astype(float)[results["prompt"] == 0].abs().max() == 0
     assert main(["show", str(run.path)]) == 0
-    assert "path m1->logits" in capsys.readouterr().out
+    assert "path m1->logits" in capsys.readouterr().err
 
 
 def test_a_dry_run_counts_them(tmp_path: FilePath) -> None:
@@ -112,7 +112,11 @@ def failing(tmp_path: FilePath, path: dict[str, Any], section: dict[str, Any], *
         ({"senders": ["a0.h0"], "receivers": ["logits", "m1"]}, {}, "senders[0]: logits are where every path ends"),
         ({"senders": "heads", "receivers": ["a0.h0.q"]}, {}, "senders: no sender writes before a0.h0.q"),
         ({"senders": ["a0.h0"]}, {"source": "zero"}, "sites[1].path: paths carry what the paired prompt has there"),
-        ({"senders": ["a0.h0"], "rest": "still"}, {}, "rest: 'still' is not valid; allowed: 'frozen', 'mlps', 'heads'"),
+        (
+            {"senders": ["a0.h0"], "rest": "still"},
+            {},
+            "rest: 'still' is not valid; allowed: frozen, mlps, heads or free",
+        ),
         ({"senders": [9.6]}, {}, "senders[0]: 9.6 is not valid; allowed: text"),
         ({"sender": ["a0.h0"]}, {}, "sites[1].path.sender: unknown key"),
     ],

@@ -166,7 +166,8 @@ def _holds(data: Any, step: str | int) -> bool:
 def _problem(path: KeyPath, items: list[dict[str, Any]], data: Any, schema: Callable[[], dict[str, Any]]) -> Problem:
     first = items[0]
     if first["type"] == "extra_forbidden":
-        known = allowed_keys(schema(), data, path[:-1])
+        # Where a section may be of several kinds, a key of another kind is known, and still not allowed beside these.
+        known = [key for key in allowed_keys(schema(), data, path[:-1]) if key != path[-1]]
         close = _closest(str(path[-1]), known)
         remedy = f"Did you mean {close!r}?" if close else f"Remove it; allowed here: {', '.join(known)}."
         return Problem(path, "unknown key", remedy, meant=(*path[:-1], close) if close else None)

@@ -89,8 +89,11 @@ class PatchView:
         )
 
     def tables(self, count: int) -> Sequence[tuple[str, Sequence[Mapping[str, Any]]]]:
-        """The strongest trials."""
-        return [("Strongest trials", replace(self, count=max(count, self.count)).headline())]
+        """The strongest trials, with the tokens that they stand at."""
+        more = replace(self, count=max(count, self.count))
+        places = [describe_place(row, self.tokens) for row in records(more.strongest)]
+        rows = [{**row, "label": place} for row, place in zip(more.headline(), places, strict=True)]
+        return [("Strongest trials", rows)]
 
 
 def patch_view(manifest: Manifest, tables: Mapping[str, pd.DataFrame]) -> PatchView:
@@ -134,6 +137,9 @@ def _maps(rows: pd.DataFrame, spec: HeatmapSpec, metric: str, *, one_template: b
         rows = rows.assign(template=pd.Series(pd.NA, index=rows.index, dtype=object))
     for block, part in rows.groupby("block", sort=True):
         kind = str(part["site"].iloc[0])
+        if kind == "path" and part["head"].isna().any() and part["layer"].duplicated().any():
+            # Not each head, or each MLP, but paths that were listed: a column for each.
+            part = part.assign(span=part["label"].str.removeprefix("path "), head=pd.NA)
         title = f"{kind}, {spec.title}"
         yield f"{int(str(block)):02d}-{kind}-{metric}", build_heatmap(part, replace(spec, title=title))
 

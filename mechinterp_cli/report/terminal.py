@@ -196,6 +196,8 @@ def _row_cells(
 
 def describe_place(row: Mapping[str, object], tokens: Mapping[str, Sequence[str]], *, plain: bool = False) -> str:
     """Where a trial edits, in words: `resid_pre, layer 8, position 10 ·John`; the template where there are several."""
+    if row.get("site") == "path":  # from whom to whom is no place
+        return show_text(str(row["label"]), plain=plain)
     template = "" if missing(row.get("template")) else str(row["template"])
     parts = [show_text(str(row["site"]), plain=plain)] if not missing(row.get("site")) else []
     for name, title in (("layer", "layer"), ("head", "head"), ("kv_head", "key/value head"), ("neuron", "neuron")):
