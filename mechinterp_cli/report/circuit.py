@@ -13,6 +13,7 @@ from mechinterp_cli.report.checkpoints import checkpoints_of
 from mechinterp_cli.report.circuit_curves import circuit_name, edge_dots, faithfulness_curves
 from mechinterp_cli.report.circuit_graph import MAX_EDGES, GraphPicture, graph_picture
 from mechinterp_cli.report.rows import Row, distinct, having, records
+from mechinterp_cli.report.sentences import named_tables
 from mechinterp_cli.report.shapes import Curves, Dots, Picture
 from mechinterp_cli.report.tables import Column, line, text_table
 from mechinterp_cli.runs.manifest import Manifest
@@ -24,6 +25,13 @@ NUMBERS = ("measure", "level", "test", "value", "faithfulness", "ci_low", "ci_hi
 OTHERS = ("random_high", "kept", "nodes", "statistic", "low", "high", "margin", "p", "n", "verdict", "mean", "draws")
 HEADLINE = ("table", *WHICH, *NUMBERS, *OTHERS)
 """Rows of several tables, told apart by `table`; what a table does not have is null."""
+LISTED = ("source", "target", "effect", "ci_low", "ci_high", "share", "p_adjusted", "verdict")
+TITLES = {
+    "quality": "Areas and overlaps",
+    "faithfulness": "Faithfulness of circuits",
+    "tests": "Tests of a circuit",
+    "stability": "Over resampled prompts",
+}
 AREAS = ("cpr", "cmd")
 AREA_OF = {"cpr": "signed", "cmd": "absolute"}
 """By which ranking each area is taken (MIB, 2504.13151)."""
@@ -112,9 +120,19 @@ class CircuitView:
         if sentences := list(self._sentences()):
             yield Group(*[line(sentence, plain) for sentence in sentences])
 
+    def _is_drawn(self, row: Row) -> bool:
+        """Whether a row is of the chosen ranking, or of none."""
+        return missing(row["rank"]) or text(row["rank"]) == self.rank
+
+    @property
+    def _area_rows(self) -> list[Row]:
+        """CPR of signed rankings and CMD of absolute ones."""
+        wanted = set(AREA_OF.items())
+        rows = records(self._first(self.quality))
+        return [row for row in rows if (text(row["measure"]), text(row["rank"])) in wanted]
+
     def _areas(self, width: int, plain: bool) -> Iterator[Group]:
-        rows = [row for row in records(self._first(self.quality)) if AREA_OF.get(text(row["measure"])) == row["rank"]]
-        cells = []
+        rows, cells = self._area_rows, []
         for score in dict.fromkeys(text(row["score"]) for row in rows):
             own = {text(row["measure"]): row for row in rows if text(row["score"]) == score}
             cells.append({"score": score} | {name: _with_interval(own[name], "value", width) for name in AREAS})
@@ -132,7 +150,7 @@ class CircuitView:
 
     def _curves(self, width: int, plain: bool) -> Iterator[Group]:
         rows = records(self._first(self.faithfulness))
-        chosen = [row for row in rows if missing(row["rank"]) or row["rank"] == self.rank]
+        chosen = [row for row in rows if self._is_drawn(row)]
         cells = [
             {
                 "circuit": circuit_name(row),
@@ -151,7 +169,7 @@ class CircuitView:
             yield text_table(cells, _CURVE, lines=lines, width=width, plain=plain, notes={"random": "middle 95 %"})
 
     def _overlap(self, width: int, plain: bool) -> Iterator[Group]:
-        rows = [row for row in records(self.quality) if text(row["level"]) and row["rank"] in (self.rank, None, pd.NA)]
+        rows = [row for row in records(self._first(self.quality)) if text(row["level"]) and self._is_drawn(row)]
         found: dict[tuple[str, str], dict[str, str]] = {}
         for row in rows:
             key = (circuit_name(row), text(row["level"]))
@@ -215,7 +233,7 @@ class CircuitView:
         chosen = records(self._first(self.faithfulness))
         found: dict[str, list[Row]] = {
             "quality": records(self.quality),
-            "faithfulness": [row for row in chosen if missing(row["rank"]) or row["rank"] == self.rank],
+            "faithfulness": [row for row in chosen if self._is_drawn(row)],
             "tests": records(self.tests),
             "stability": records(self.stability),
         }
@@ -224,6 +242,32 @@ class CircuitView:
             for table, rows in found.items()
             for row in ({**row, "table": table} for row in rows)
         ]
+
+    def answer(self) -> str:
+        """The areas of the first score, and what the tests say."""
+        return " ".join(self._told()) or "No circuit was run."
+
+    def _told(self) -> Iterator[str]:
+        areas = self._area_rows
+        first = text(areas[0]["score"]) if areas else ""
+        for row in (row for row in areas if text(row["score"]) == first):
+            name = f"{text(row['measure']).upper()} of {first} on {self.metric}"
+            yield f"{name}: {_sentence(row, 'value')}."
+        rows = records(self._first(self.faithfulness))
+        for row in (row for row in rows if missing(row["rank"])):
+            about = f"{circuit_name(row)} ({row['kept']} edges)"
+            yield f"Faithfulness of {about}: {_sentence(row, 'faithfulness')}."
+        tests = records(self._first(self.tests))
+        if tests:
+            verdicts = ", ".join(f"{text(row['test'])} {text(row['verdict'])}" for row in tests)
+            yield f"Tests of {circuit_name(tests[0])}: {verdicts}."
+
+    def tables(self, count: int) -> Sequence[tuple[str, Sequence[Mapping[str, Any]]]]:
+        """Areas, circuits, tests, stability, and the edges that were taken out."""
+        edges = sorted(records(self._first(self.minimality)), key=lambda row: -abs(_zero(row["effect"])))
+        listed = [{name: None if missing(row[name]) else row[name] for name in LISTED} for row in edges[:count]]
+        found = list(named_tables(self.headline(), TITLES))
+        return [*found, ("Edges taken out one by one", listed)] if listed else found
 
 
 _CURVE = {
@@ -272,6 +316,11 @@ def _zero(value: object) -> float:
 def _with_interval(row: Row, name: str, width: int) -> str:
     ends = "" if width < BRIEF else f" {interval(row['ci_low'], row['ci_high'], 2)}"
     return f"{figure(row[name])}{ends}".rstrip() or "undefined"
+
+
+def _sentence(row: Row, name: str) -> str:
+    """A number with its interval, in a sentence."""
+    return " ".join(filter(None, (figure(row[name]) or "undefined", interval(row["ci_low"], row["ci_high"]))))
 
 
 def _drawn_size(rows: pd.DataFrame) -> float:
