@@ -25,7 +25,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Run]:
 
 def test_scores_are_joined_by_place_and_probe(pair: tuple[Run, Run]) -> None:
     a, b = (run.table("probes") for run in pair)
-    found = compare(*(read_side(run.path) for run in pair)).rows
+    found = compare(read_side(pair[0].path), read_side(pair[1].path)).rows
     assert len(found) == 2 * (2 + 4)
     both = found[found["state"] == "compared"]
     assert set(found["state"]) == {"compared", "only_a"}
