@@ -90,7 +90,7 @@ class CircuitView:
         return having(rows, metric=self.metric) if len(rows) else rows
 
     def _graphs(self) -> Iterator[tuple[str, GraphPicture | None]]:
-        """Of every ranking the largest circuit whose edges are not too many to be seen; of others the whole."""
+        """Of every ranking the circuit that is tested, or the largest that can be seen; of others the whole."""
         for score in distinct(self.members, "score"):
             rows = having(self.members, score=score)
             ranked = having(rows, rank=self.rank)
@@ -98,11 +98,20 @@ class CircuitView:
                 name = f"graph-{score}-{threshold:g}"
                 yield name, self._graph(having(rows, threshold=threshold), score, f"threshold {threshold:g}")
             if len(ranked):
-                size = _drawn_size(ranked)
+                size = self._drawn_size(ranked)
                 chosen = ranked[(ranked["size"] <= size).fillna(False).to_numpy(dtype=bool)]
                 yield f"graph-{score}", self._graph(chosen, score, f"size {size:g}, {self.rank} scores")
             elif rows["threshold"].isna().all():
                 yield f"graph-{score}", self._graph(rows, score, "")
+
+    def _drawn_size(self, rows: pd.DataFrame) -> float:
+        """The size that is tested where it has edges, else the largest with few enough, else the smallest with any."""
+        counts = rows["size"].value_counts().sort_index().cumsum()
+        tested = [number(value) for value in self.tests["size"].dropna()] if len(self.tests) else []
+        few = counts[counts <= MAX_EDGES]
+        if tested and tested[0] in counts.index:
+            return tested[0]
+        return float(few.index[-1] if len(few) else counts.index[0])
 
     def _graph(self, edges: pd.DataFrame, score: str, which: str) -> GraphPicture | None:
         about = ", ".join(filter(None, (*self.about, which, f"{len(edges)} edges")))
@@ -149,34 +158,45 @@ class CircuitView:
             yield text_table(cells, columns, lines=lines, width=width, plain=plain, notes=_AREA_NOTES)
 
     def _curves(self, width: int, plain: bool) -> Iterator[Group]:
-        rows = records(self._first(self.faithfulness))
-        chosen = [row for row in rows if self._is_drawn(row)]
-        cells = [
+        rows = [row for row in records(self._first(self.faithfulness)) if self._is_drawn(row)]
+        if not rows:
+            return
+        ends = f"whole model {figure(rows[0]['full'])}, all edges patched {figure(rows[0]['empty'])}"
+        by_size: dict[float, dict[str, str]] = {}
+        for row in (row for row in rows if not missing(row["size"])):
+            cells = by_size.setdefault(number(row["size"]), {"size": f"{number(row['size']):g}"})
+            cells[text(row["score"])] = f"{figure(row['faithfulness'], 2)} ({row['kept']})"
+            cells["random"] = interval(row["random_low"], row["random_high"], 2)
+        if by_size:
+            scores = dict.fromkeys(text(row["score"]) for row in rows if not missing(row["size"]))
+            columns = {"size": Column(), **dict.fromkeys(scores, Column()), "random": Column(1)}
+            lines = (f"faithfulness (edges), {self.rank} scores, {self.metric}: {ends}",)
+            notes = {"random": "the middle 95 % of random rankings"}
+            yield text_table(list(by_size.values()), columns, lines=lines, width=width, plain=plain, notes=notes)
+        others = [
             {
                 "circuit": circuit_name(row),
                 "edges": text(row["kept"]),
                 "nodes": text(row["nodes"]),
-                "value": figure(row["value"]),
                 "faithfulness": _with_interval(row, "faithfulness", width),
-                "random": interval(row["random_low"], row["random_high"], 2),
             }
-            for row in chosen
+            for row in rows
+            if missing(row["size"])
         ]
-        if cells:
-            first = chosen[0]
-            ends = f"whole model {figure(first['full'])}, all edges patched {figure(first['empty'])}"
-            lines = (f"circuits, {self.rank} scores, {self.metric}: {ends}",)
-            yield text_table(cells, _CURVE, lines=lines, width=width, plain=plain, notes={"random": "middle 95 %"})
+        if others:
+            lines = (f"circuits of no ranking, {self.metric}: {ends}",)
+            yield text_table(others, _OTHERS, lines=lines, width=width, plain=plain)
 
     def _overlap(self, width: int, plain: bool) -> Iterator[Group]:
         rows = [row for row in records(self._first(self.quality)) if text(row["level"]) and self._is_drawn(row)]
         found: dict[tuple[str, str], dict[str, str]] = {}
-        for row in rows:
-            key = (circuit_name(row), text(row["level"]))
-            cells = found.setdefault(key, {"circuit": key[0], "of": key[1]})
+        for row in _nearest(rows):
+            name = circuit_name({**row, "size": None})
+            cells = found.setdefault((name, text(row["level"])), {"circuit": name, "of": text(row["level"])})
+            cells["size"] = f"{number(row['size']):g}" if not missing(row["size"]) else cells.get("size", "")
             cells[text(row["measure"]).replace("average_precision", "AP")] = figure(row["value"])
         if found:
-            lines = ("beside the reference",)
+            lines = ("beside the reference: how scores rank it, and the circuit that is nearest to it",)
             yield text_table(list(found.values()), _OVERLAP, lines=lines, width=width, plain=plain)
 
     def _tests(self, width: int, plain: bool) -> Iterator[Group]:
@@ -270,19 +290,13 @@ class CircuitView:
         return [*found, ("Edges taken out one by one", listed)] if listed else found
 
 
-_CURVE = {
-    "circuit": Column(left=True),
-    "edges": Column(2),
-    "nodes": Column(4),
-    "value": Column(3),
-    "faithfulness": Column(),
-    "random": Column(1),
-}
+_OTHERS = {"circuit": Column(left=True), "edges": Column(1), "nodes": Column(2), "faithfulness": Column()}
 _OVERLAP = {
     "circuit": Column(left=True),
     "of": Column(left=True),
     "auroc": Column(1),
     "AP": Column(2),
+    "size": Column(1),
     "precision": Column(1),
     "recall": Column(1),
     "jaccard": Column(1),
@@ -318,16 +332,25 @@ def _with_interval(row: Row, name: str, width: int) -> str:
     return f"{figure(row[name])}{ends}".rstrip() or "undefined"
 
 
+def _nearest(rows: Sequence[Row]) -> list[Row]:
+    """Of every score what is said of all sizes, and of the size of the largest Jaccard index."""
+    best: dict[tuple[str, str, str], Row] = {}
+    for row in rows:
+        if text(row["measure"]) == "jaccard" and not missing(row["size"]):
+            key = text(row["score"]), text(row["rank"]), text(row["level"])
+            if key not in best or _zero(row["value"]) > _zero(best[key]["value"]):
+                best[key] = row
+    return [
+        row
+        for row in rows
+        if missing(row["size"])
+        or number(row["size"]) == number(best[text(row["score"]), text(row["rank"]), text(row["level"])]["size"])
+    ]
+
+
 def _sentence(row: Row, name: str) -> str:
     """A number with its interval, in a sentence."""
     return " ".join(filter(None, (figure(row[name]) or "undefined", interval(row["ci_low"], row["ci_high"]))))
-
-
-def _drawn_size(rows: pd.DataFrame) -> float:
-    """The largest size whose circuit has few enough edges, else the smallest that has any."""
-    counts = rows["size"].value_counts().sort_index().cumsum()
-    few = counts[counts <= MAX_EDGES]
-    return float(few.index[-1] if len(few) else counts.index[0])
 
 
 def circuit_view(manifest: Manifest, tables: Mapping[str, pd.DataFrame]) -> CircuitView:

@@ -15,12 +15,10 @@ VERDICTS = {"yes": "needed", "no": "not needed", "inconclusive": "inconclusive"}
 
 
 def circuit_name(row: Row) -> str:
-    """A circuit in words: `eap, 0.01`, `acdc, threshold 0.1`, `given`."""
+    """A circuit in words: `eap, 0.01`, `acdc, above 0.1`, `given`."""
     size, threshold = row.get("size"), row.get("threshold")
-    which = "" if missing(size) else f"{number(size):g}"
-    return ", ".join(
-        filter(None, (text(row["score"]), which or ("" if missing(threshold) else f"τ {number(threshold):g}")))
-    )
+    above = "" if missing(threshold) else f"above {number(threshold):g}"
+    return ", ".join(filter(None, (text(row["score"]), above if missing(size) else f"{number(size):g}")))
 
 
 def faithfulness_curves(rows: pd.DataFrame, about: Sequence[str]) -> Curves | None:

@@ -33,11 +33,13 @@ def drawing(picture: GraphPicture) -> Drawing:
 
 def chart(picture: GraphPicture) -> Chart:
     """The picture as a Vega-Lite chart."""
-    right = max([node.x for node in picture.nodes] + [3.0]) + 1
+    points = [row for number, edge in enumerate(picture.edges) for row in _line(number, edge, picture)]
+    places = [row["x"] for row in points]
+    left, right = min([*places, -0.5]) - 1, max([*places, *(node.x for node in picture.nodes), 3.0]) + 0.6
     rows = len(picture.rows)
-    x = alt.X("x:Q", scale=alt.Scale(domain=[-1.0, right], nice=False), axis=None)
+    x = alt.X("x:Q", scale=alt.Scale(domain=[left, right], nice=False), axis=None)
     y = alt.Y("y:Q", scale=alt.Scale(domain=[-0.6, rows - 0.4], nice=False), axis=None)
-    edges = inline([row for number, edge in enumerate(picture.edges) for row in _line(number, edge, picture)])
+    edges = inline(points)
     colours = alt.Scale(domain=["helps", "hurts"], range=[HELPS, HURTS])
     lines = alt.Chart(edges).mark_line(opacity=0.65, interpolate="linear")
     lines = lines.encode(
@@ -55,10 +57,10 @@ def chart(picture: GraphPicture) -> Chart:
     read = {(edge.end, edge.input) for edge in picture.edges if edge.input}
     inputs = inline([{"x": end[0] + 0.09, "y": end[1] - BOX_HEIGHT - 0.1, "name": name} for end, name in sorted(read)])
     letters = alt.Chart(inputs).mark_text(fontSize=9, color="#333333").encode(x, y, text="name:N")
-    titles = inline([{"x": -0.95, "y": float(row), "name": name} for row, name in enumerate(picture.rows) if name])
+    titles = inline([{"x": left, "y": float(row), "name": name} for row, name in enumerate(picture.rows) if name])
     beside = alt.Chart(titles).mark_text(fontSize=10, align="left", color="#777777").encode(x, y, text="name:N")
     layers = [lines, drawn.encode(x, y, alt.X2("x2"), alt.Y2("y2")), names, letters, beside]
-    width, height = COLUMN * (right + 1), ROW * rows
+    width, height = COLUMN * (right - left), ROW * rows
     panel = alt.LayerChart(layer=layers, width=width, height=height)
     concat = alt.concat(panel, columns=1, title=head_lines(show_text(picture.title), picture.lines, width))
     whole: Chart = concat.configure_view(stroke=None)
