@@ -290,7 +290,9 @@ def test_the_configs_of_attribute_on_the_real_model_run(
 
 @pytest.mark.usefixtures("fetched")
 @pytest.mark.parametrize(
-    ("name", "pictures", "tables"), [("probe-toy", 2, {"code", "projections"}), ("probe-number", 1, {"projections"})]
+    ("name", "pictures", "tables"),
+    # Scores of every kind of site, a map of heads, code length, projections.
+    [("probe-toy", 5, {"code", "projections", "predictions"}), ("probe-number", 2, {"projections", "predictions"})],
 )
 def test_the_configs_of_probe_leave_whole_run_directories(
     tmp_path: Path, run: Main, name: str, pictures: int, tables: set[str]

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import altair as alt
 
+from mechinterp_cli.report.cells import interval
 from mechinterp_cli.report.labels import show_text
 from mechinterp_cli.report.picture import PICTURE_WIDTH, SERIES_COLOURS, Chart, Drawing, head_lines, inline
 from mechinterp_cli.report.shapes import Curve, Curves, y_range
@@ -17,6 +18,8 @@ DASHES: tuple[list[int], ...] = ([1, 0], [6, 3], [2, 2], [8, 2, 2, 2])
 HEIGHT, LOW_HEIGHT, LEGEND_ROOM = 230, 150, 190
 REFERENCE_DASHES: tuple[list[int], ...] = ([7, 4], [2, 2], [10, 3, 2, 3], [1, 4])
 REFERENCE_COLOUR = "#555555"
+FEW_TICKS = 6
+"""As many points have a tick each on an axis that is never logarithmic."""
 DOT = 75
 """Marks that stand alone are larger."""
 MAX_MARKS = 60
@@ -123,9 +126,10 @@ def _bands(curves: Sequence[Curve], x: alt.X, y: alt.Y, colour: alt.Color) -> li
 
 
 def _points(curve: Curve) -> Iterator[dict[str, Any]]:
-    for x, y in zip(curve.x, curve.y, strict=True):
+    none = (math.nan,) * len(curve.x)
+    for x, y, low, high in zip(curve.x, curve.y, curve.low or none, curve.high or none, strict=True):
         if math.isfinite(y):
-            yield {"name": show_text(curve.name), "x": _shown(x), "y": y}
+            yield {"name": show_text(curve.name), "x": _shown(x), "y": y, "interval": interval(low, high)}
 
 
 def _band(curve: Curve) -> Iterator[dict[str, Any]]:
@@ -167,14 +171,17 @@ def _x_axis(curves: Curves, *, labels: bool) -> alt.X:
     if curves.linear:
         ends = alt.Scale(domain=_x_domain(numbers, "linear"), nice=False, zero=False)
         axis = alt.Axis(labels=labels, tickMinStep=1, format="d")
+        if len(numbers) <= FEW_TICKS:  # the renderer would put some between two whole numbers
+            axis = alt.Axis(labels=labels, values=numbers, format="~g")
         return alt.X("x:Q", scale=ends, axis=axis, title=title)
     kind, constant = _x_scale(numbers)
     scale = alt.Scale(type=kind, domain=_x_domain(numbers, kind), nice=False)
     if kind == "symlog":
         scale.constant = constant
     ticks = _ticks(numbers, kind, constant, curves.width)
-    # As an expression, so that every tick has the prefix that suits it: 0, 65.5k, 1.02M.
-    axis = alt.Axis(labels=labels, values=ticks, labelExpr="format(datum.value, '.3~s')", labelOverlap=False)
+    # As an expression, so that every tick has the prefix that suits it: 0, 0.005, 65.5k, 1.02M.
+    text = "format(datum.value, abs(datum.value) < 1 ? '.3~g' : '.3~s')"
+    axis = alt.Axis(labels=labels, values=ticks, labelExpr=text, labelOverlap=False)
     return alt.X("x:Q", scale=scale, axis=axis, title=title)
 
 

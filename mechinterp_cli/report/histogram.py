@@ -60,9 +60,9 @@ def _panel(histogram: Histogram, at: int, *, with_legend: bool) -> alt.LayerChar
     dash = alt.StrokeDash("name:N", scale=scale(DASHES), legend=None)
     reach = alt.Scale(domain=[bins[0], bins[-1]], nice=False, zero=False)
     x = alt.X("from:Q", scale=reach, title=show_text(histogram.x_title), axis=alt.Axis(tickCount=7, format="~g"))
-    y = alt.Y(
-        "share:Q", title="share of the class", axis=alt.Axis(format=".0%", tickCount=5), scale=alt.Scale(domainMin=0)
-    )
+    tallest = max((share for _, shares in _shares(panel, bins) for share in shares), default=0.0) or 1.0
+    heights = alt.Scale(domain=[0, 1.06 * tallest], nice=False)
+    y = alt.Y("share:Q", title="share of the class", axis=alt.Axis(format=".0%", tickCount=5), scale=heights)
     bars = alt.Chart(inline(list(_bars(panel, bins)))).mark_rect(opacity=0.35)
     steps = alt.Chart(inline(list(_outline(panel, bins)))).mark_line(interpolate="step-after", strokeWidth=1.5)
     middle = alt.Chart(inline([{"from": 0.0}])).mark_rule(color="#444444", strokeDash=[4, 3])

@@ -10,7 +10,7 @@ from rich.console import Group
 
 from mechinterp_cli.report.cells import figure, interval, number, probability, text
 from mechinterp_cli.report.rows import Row, distinct, having, records, without
-from mechinterp_cli.report.shapes import Curve, CurvePanel, Curves
+from mechinterp_cli.report.shapes import Curve, CurvePanel, Curves, y_range
 from mechinterp_cli.report.tables import Column, text_table
 
 TWIN = "random_weights"
@@ -113,7 +113,7 @@ def score_curves(scores: Scores, kind: str) -> Curves:
     gained = [panel for panel in gained if panel.curves]
     low, high = ends_of(read)
     read = [_within(panel, low, high) for panel in read]
-    low, high = ends_of(gained)
+    low, high = y_range(gained)
     gained = [_within(panel, low, high) for panel in gained]
     panels = [panel for pair in zip(read, gained, strict=True) for panel in pair] if len(gained) == len(read) else read
     notes = [
