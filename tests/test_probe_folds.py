@@ -161,6 +161,17 @@ def test_duplicates_on_both_sides_are_found_and_those_on_one_side_are_not() -> N
     ]
 
 
+def test_texts_that_differ_in_capitals_and_blanks_alone_are_duplicates() -> None:
+    texts = [f"Text {i}" for i in range(60)]
+    folds = class_folds(LABELS, 5)
+    one, other = (int(folds.test[fold].nonzero()[0]) for fold in (0, 1))
+    texts[other] = f" {texts[one].upper().replace(' ', '  ')}\n"
+    (warning,) = leak_warnings(texts, None, folds)
+    assert warning.startswith("1 text on both sides of the split")
+    texts[other] += "!"
+    assert leak_warnings(texts, None, folds) == []
+
+
 def test_groups_on_both_sides_are_told() -> None:
     texts = [f"text {i}" for i in range(60)]
     (warning,) = leak_warnings(texts, GROUPS, class_folds(LABELS, 5))

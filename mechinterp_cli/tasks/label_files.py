@@ -225,7 +225,11 @@ def _unmarked(where: str, text: str, marks: Marks) -> tuple[str, Range]:
 def _check_words(text: LabelledText) -> None:
     words = [text.text[start:end] for start, end in word_ranges(text.text)]
     if len(words) != len(text.labels):
-        cause = f"{text.where}: {len(text.labels)} labels for {len(words)} words: {' | '.join(words)}"
+        counts = " for ".join(
+            f"{count} {what}{'' if count == 1 else 's'}"
+            for count, what in ((len(text.labels), "label"), (len(words), "word"))
+        )
+        cause = f"{text.where}: {counts}: {' | '.join(words)}"
         raise UserError(cause, "Words are what blanks separate; give one label for each.")
 
 

@@ -1,6 +1,7 @@
 """`probe` on one model: activations in one pass, probes of all of them, and what their scores are set beside."""
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -207,8 +208,7 @@ class ProbeExperiment(Experiment):
         found: dict[str, None] = {}
         for readout in self._by_samples:
             texts = [self.prompts.prompts[i].clean for i in readout.reading.view.prompts]
-            if not self.examples.per_word:
-                found |= dict.fromkeys(leak_warnings(texts, readout.problem.groups, readout.problem.nested.outer))
+            found |= dict.fromkeys(leak_warnings(texts, readout.problem.groups, readout.problem.nested.outer))
         return list(found)
 
     @cached_property
@@ -289,11 +289,18 @@ def _problems(
         problem = Problem.of([targets[i] for i in own], classes, [groups[i] for i in own], options)
     except UserError as error:
         key = "inner_folds" if "inner_folds" in error.cause else "folds"
-        cause = error.cause.split(": ", 1)[-1]
+        cause = _named(error.cause.split(": ", 1)[-1], examples.classes)
         raise setting.loaded.error(("probe", key), cause, error.remedy) from error
     if not options.control or not types or classes is None:
         return problem, None
     return problem, control_problem(problem, [types[i] for i in own], options)
+
+
+def _named(cause: str, classes: Sequence[str] | None) -> str:
+    """Classes by their names where a message has their numbers."""
+    if classes is None:
+        return cause
+    return re.sub(r"\bclass (\d+)", lambda found: f"class {classes[int(found[1])]!r}", cause)
 
 
 def _plain(row: Row) -> Row:

@@ -167,19 +167,22 @@ def crossing(keys: Sequence[Hashable], folds: Folds) -> Mapping[Hashable, tuple[
 def leak_warnings(texts: Sequence[str], groups: Sequence[str] | None, folds: Folds) -> list[str]:
     """What a reader must know of a split: texts, or groups, on both sides of it.
 
+    Texts that differ in capitals and blanks alone are one.
+
     Args:
         texts: [n].
         groups: [n], where the data have them.
         folds: The split.
     """
     out = []
-    for what, keys in (("text", texts), ("group", groups)):
+    alike = [" ".join(text.casefold().split()) for text in texts]
+    for what, names, keys in (("text", texts, alike), ("group", groups, groups)):
         found = crossing(keys, folds) if keys is not None else {}
-        if found:
-            key, own = next(iter(found.items()))
+        if names is not None and found:
+            own = next(iter(found.values()))
             count = Counter(len(indices) for indices in found.values()).total()
             out.append(
-                f"{count} {what}{'' if count == 1 else 's'} on both sides of the split, as {key!r}"
+                f"{count} {what}{'' if count == 1 else 's'} on both sides of the split, as {names[own[0]]!r}"
                 f" (samples {', '.join(map(str, own[:4]))}{', …' if len(own) > 4 else ''}): scores are too high"
             )
     return out
