@@ -1,6 +1,7 @@
 """Edge patching against whole passes with hooks for every single target, and against the streams themselves."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.tiny import tiny_tokens
+from mechinterp_cli.engine import edge_columns
 from mechinterp_cli.engine.circuit_graph import Graph, Source, Target
 from mechinterp_cli.engine.edge_patching import EdgePatching, Pairs, exact_edge_effects, run_circuits
 from mechinterp_cli.engine.edge_routing import Bools
@@ -175,7 +177,7 @@ def test_edges_by_span_of_positions(family: str) -> None:
 
 def test_neither_memory_nor_batch_nor_the_place_that_is_read_changes_anything() -> None:
     wiring, pairs = wiring_of("granite"), pairs_of(3)
-    pairs = Pairs(pairs.own, pairs.other, torch.tensor([LENGTH - 1, FIRST, 7]))
+    pairs = Pairs(pairs.own, pairs.other, torch.tensor([LENGTH - 1, FIRST - 2, 7]))
     masks, told = random_masks(wiring.graph, 0.1, 0.4, 0.6, 0.9), list[int]()
     together = EdgePatching(wiring, pairs).run(masks, logits_of, told.append)
     small = EdgePatching(wiring, pairs, memory=20_000)
@@ -197,9 +199,9 @@ def test_nothing_is_computed_before_a_removed_edge_and_equal_inputs_share_their_
     layers, fronts = patching.parts[0].layers, list[tuple[int, int]]()
     front = layers.front
 
-    def counted(layer: int, inputs: Tensor) -> tuple[Tensor, ...]:
+    def counted(layer: int, inputs: Tensor, reads: Sequence[Sequence[int]]) -> tuple[Tensor, ...]:
         fronts.append((layer, len(inputs)))
-        return front(layer, inputs)
+        return front(layer, inputs, reads)
 
     monkeypatch.setattr(layers, "front", counted)
     exact_edge_effects(patching, [graph.edge(Source("head", 0, 1), Target("mlp", 1))], logits_of)
@@ -231,3 +233,35 @@ def test_half_precision_is_refused_and_no_hook_is_left_behind() -> None:
 def hooks_of(wiring: Wiring) -> int:
     modules = wiring.model.modules()
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) + ("forward" in m.__dict__) for m in modules)
+
+
+@pytest.mark.parametrize(
+    ("family", "share"), [("gpt_neox", 1 / 12), ("gpt2", 1 / 12), ("qwen3", 1 / 4), ("olmo2", 1.0)]
+)
+def test_projections_are_computed_for_the_heads_that_are_read(family: str, share: float) -> None:
+    wiring, pairs = wiring_of(family), pairs_of()
+    patching = EdgePatching(wiring, pairs)
+    patching.run(random_masks(wiring.graph, 0.5), logits_of)
+    assert {1, 2} <= set(patching.columns)
+    for columns in patching.columns.values():
+        assert columns is not None
+        first = next(iter(columns.needed.values()))
+        assert first[0].mean() == pytest.approx(share)
+
+
+def test_columns_that_do_not_give_a_layers_own_numbers_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    wiring, pairs = wiring_of("qwen3"), pairs_of()
+    dependence = edge_columns._dependence
+
+    def short(*given: Any) -> dict[torch.nn.Linear, Bools]:
+        found = dependence(*given)
+        for needed in found.values():
+            needed[0] = False
+        return found
+
+    monkeypatch.setattr(edge_columns, "_dependence", short)
+    patching, masks = EdgePatching(wiring, pairs), random_masks(wiring.graph, 0.5)
+    got = patching.run(masks, logits_of)
+    assert set(patching.columns.values()) == {None}
+    want = PlainEdges("qwen3", wiring.graph, wiring.model).run(pairs.own, pairs.other, masks[0])[:, -1]
+    assert far(got[0], want, want) <= 1e-5

@@ -4,9 +4,10 @@ A row is one position of one prompt of one pass. A layer is called whole and lis
 the attention interface and is ended there, its MLP runs with nothing added by attention before it.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechinterp_cli.engine.early import ending_in_attention, run_until
+from mechinterp_cli.engine.edge_columns import Columns, find_columns
 from mechinterp_cli.engine.edits import Site
 from mechinterp_cli.engine.gather import NotGatherable, RowIndex, axis_roles, packed_call
 from mechinterp_cli.engine.instrument import Reader, layer_of, module_hooks
@@ -57,13 +59,20 @@ class EdgeLayers:
         wiring: The model's parts.
         tokens: The prompts' ids in one of the streams.
         start: The first position of interest: rows are of the positions from there on.
+        columns: What is known of each layer's projections, and will be.
 
     Raises:
         UserError: The layers cannot be called row by row.
     """
 
-    def __init__(self, wiring: Wiring, tokens: Int[Tensor, "prompts positions"], start: int) -> None:
-        self.wiring, self.start = wiring, start
+    def __init__(
+        self,
+        wiring: Wiring,
+        tokens: Int[Tensor, "prompts positions"],
+        start: int,
+        columns: dict[int, Columns | None],
+    ) -> None:
+        self.wiring, self.start, self._columns = wiring, start, columns
         self.model, self.anatomy = model, anatomy = wiring.model, wiring.anatomy
         self.device = device_of(model)
         self.walker = anatomy.walker(model)
@@ -169,9 +178,13 @@ class EdgeLayers:
 
     def _by_blocks(self, function: Callable[[Tensor], tuple[Tensor, ...]], blocks: Tensor) -> tuple[Tensor, ...]:
         """`function` of [blocks, rows, features], some blocks at a time; its results along the first axis."""
-        step = max(1, ROWS_PER_CALL // (self.prompts * self.width))
-        parts = [function(part) for part in torch.split(blocks, step)]
+        parts = [function(part) for part in torch.split(blocks, self._step)]
         return tuple(torch.cat(same) for same in zip(*parts, strict=True))
+
+    @property
+    def _step(self) -> int:
+        """How many blocks a layer is called on at once."""
+        return max(1, ROWS_PER_CALL // (self.prompts * self.width))
 
     def _run(self, layer: int, blocks: Tensor) -> Tensor:
         """A layer's output on blocks of rows, [1, rows, d_model]."""
@@ -179,23 +192,50 @@ class EdgeLayers:
         return self.walker.run(layer, call, blocks.reshape(1, -1, blocks.shape[-1]))
 
     def front(
-        self, layer: int, inputs: Float[Tensor, "blocks prompts positions d_model"]
+        self, layer: int, inputs: Float[Tensor, "blocks prompts positions d_model"], reads: Sequence[Sequence[int]]
     ) -> tuple[Float[Tensor, "blocks prompts positions heads d"], ...]:
-        """q, k and v of all heads, of rows that stand before a layer's attention."""
+        """q, k and v of rows that stand before a layer's attention; anything where they are not read.
 
-        def function(blocks: Tensor) -> tuple[Tensor, ...]:
-            seen: list[tuple[Tensor, ...]] = []
+        Args:
+            layer: The layer.
+            inputs: The rows.
+            reads: Of every block who reads it: queries, keys and values of the layer's heads, counted in that order.
+        """
+        blocks = inputs.flatten(1, 2)
+        columns = self._columns_of(layer, blocks, reads)
+        if columns is None:
+            found = self._by_blocks(partial(self._front, layer), blocks)
+        else:
+            parts = []
+            for first in range(0, len(blocks), self._step):
+                own = slice(first, first + self._step)
+                with columns.restricted(reads[own]):
+                    parts.append(self._front(layer, blocks[own]))
+            found = tuple(torch.cat(same) for same in zip(*parts, strict=True))
+        return tuple(torch.unflatten(x, 1, inputs.shape[1:3]) for x in found)
 
-            def attend(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
-                seen.append(tuple(x[0].transpose(0, 1) for x in (call.q, call.k, call.v)))
-                return call.q, None
+    def _front(self, layer: int, blocks: Float[Tensor, "blocks rows d_model"]) -> tuple[Tensor, ...]:
+        """q, k and v, [blocks, rows, heads, d]."""
+        seen: list[tuple[Tensor, ...]] = []
 
-            with ending_in_attention(attend) as known, self._answering(known.handler):
-                self._run(layer, blocks)
-            shape = (len(blocks), self.prompts, self.width)
-            return tuple(torch.unflatten(x.contiguous(), 0, shape) for x in seen[0])
+        def attend(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
+            seen.append(tuple(x[0].transpose(0, 1) for x in (call.q, call.k, call.v)))
+            return call.q, None
 
-        return self._by_blocks(function, inputs.flatten(1, 2))
+        with ending_in_attention(attend) as known, self._answering(known.handler):
+            self._run(layer, blocks)
+        return tuple(torch.unflatten(x.contiguous(), 0, blocks.shape[:2]) for x in seen[0])
+
+    def _columns_of(self, layer: int, blocks: Tensor, reads: Sequence[Sequence[int]]) -> Columns | None:
+        """What targets depend on, where most of each row's projections would be computed for nothing."""
+        heads = self.anatomy.layers[layer].heads
+        assert heads is not None
+        if 2 * sum(map(len, reads)) > len(reads) * (heads.query + 2 * heads.key_value):
+            return None
+        if layer not in self._columns:
+            module = self.model.get_submodule(self.anatomy.layers[layer].module)
+            self._columns[layer] = find_columns(module, partial(self._front, layer), blocks[0])
+        return self._columns[layer]
 
     def attend(
         self,

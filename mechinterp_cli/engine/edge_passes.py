@@ -266,7 +266,10 @@ def _attention(
         return
     numbers = sorted(found)
     item_of = {number: i for i, number in enumerate(numbers)}
-    rows = base.layers.front(layer, side.entering[layer] + blocks)
+    reads = [list[int]() for _ in blocks]
+    for _, target, block in places:
+        reads[block].append(target - int(slots.q[0]))
+    rows = base.layers.front(layer, side.entering[layer] + blocks, reads)
     call = side.calls[layer]
     heads = []
     for x, own, new in zip((call.q, call.k, call.v), (slots.q, slots.k, slots.v), rows, strict=True):

@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from mechinterp_cli.engine.circuit_graph import Graph
+from mechinterp_cli.engine.edge_columns import Columns
 from mechinterp_cli.engine.edge_layers import EdgeLayers, Side
 from mechinterp_cli.engine.edge_passes import Base, Cells, batches, final_states
 from mechinterp_cli.engine.edge_routing import AllButOne, Bools, Integers, Masks, Slots
@@ -81,11 +82,12 @@ class Pairs:
 
     @property
     def start(self) -> int:
-        """The first position at which anything can differ."""
+        """The first position at which anything can differ, or is read."""
         if self.ablation is not None:
             return 0
         differs = (self.own != self.other).any(0).nonzero()
-        return int(differs[0]) if len(differs) else self.own.shape[1]
+        first = int(differs[0]) if len(differs) else self.own.shape[1] - 1
+        return min(first, int(self.read.min()))
 
 
 class EdgePatching:
@@ -105,8 +107,9 @@ class EdgePatching:
     def __init__(self, wiring: Wiring, pairs: Pairs, *, graph: Graph | None = None, memory: int = MEMORY) -> None:
         self.wiring, self.pairs, self.memory = wiring, pairs, memory
         self.graph = graph or wiring.graph
+        self.columns: dict[int, Columns | None] = {}
         self._check()
-        cells = max(1, pairs.own.shape[1] - pairs.start)
+        cells = pairs.own.shape[1] - pairs.start
         per_prompt = cells * len(self.graph.sources) * wiring.anatomy.d_model * 4
         step = max(1, memory // (2 * per_prompt))
         self.parts = [Part(self, low, pairs.part(low, low + step)) for low in range(0, len(pairs.own), step)]
@@ -186,8 +189,8 @@ class Part:
 
     def __init__(self, whole: EdgePatching, low: int, pairs: Pairs) -> None:
         self.low, self.pairs, self.graph, self.memory = low, pairs, whole.graph, whole.memory
-        self.start = min(pairs.start, pairs.own.shape[1] - 1)
-        self.layers = EdgeLayers(whole.wiring, pairs.own, self.start)
+        self.start = pairs.start
+        self.layers = EdgeLayers(whole.wiring, pairs.own, self.start, whole.columns)
         with self.layers.open():
             self.own = self.layers.side(pairs.own)
             self.other = self.own if pairs.ablation is not None else self.layers.side(pairs.other)

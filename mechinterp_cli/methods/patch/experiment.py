@@ -168,7 +168,10 @@ class PatchExperiment(Experiment):
         observations = int((self.status != Status.ABSENT).sum()) * draws * metrics
         rows = observations if config.output.rows == "all" else 0
         formats = chosen_formats(config.output.formats, rows)
-        return cost_of(config.engine, self.model, self.job) | {
+        cost, sent = cost_of(config.engine, self.model, self.job), self.status[len(self.specs) :] == Status.OK
+        return cost | {
+            "trials": cost["trials"] + len(self.paths),
+            "computed": cost["computed"] + int(sent.sum()),
             "paths": len(self.paths),
             "trivial": int((self.status == Status.TRIVIAL).sum()) * draws,
             "result_rows": rows,
