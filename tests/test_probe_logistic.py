@@ -10,7 +10,9 @@ from torch import Tensor
 
 from mechinterp_cli.engine.edits import Site
 from mechinterp_cli.engine.instrument import read_sites
+from mechinterp_cli.methods.probe.basis import RANK
 from mechinterp_cli.methods.probe.logistic import Logistic, Tasks, fit_logistic, fit_site
+from mechinterp_cli.methods.probe.spaces import spaces
 from mechinterp_cli.models.loaded import LoadedModel
 from mechinterp_cli.models.walk import forward
 from tests.models_fixtures import smollm2, toy
@@ -150,6 +152,44 @@ def test_constant_features_get_no_weight() -> None:
     assert float(fitted.coefficients[..., [3, 7]].abs().max()) <= 1e-6
     assert float(fitted.coefficients[0, ..., 9].abs().max()) <= 1e-6
     assert float(fitted.coefficients[1, ..., 9].abs().max()) > 1e-3
+
+
+def test_tasks_of_the_same_samples_and_tasks_of_others_are_solved_to_the_same_optimum() -> None:
+    x, labels = synthetic("wide")
+    train = torch.cat([folds(len(x)), torch.ones(1, len(x))])
+    draws = torch.stack([labels.roll(7 * i) for i in range(15)])
+    many = Tasks(draws.repeat_interleave(4, 0), train.repeat(15, 1), 2)
+    found = [space for space in spaces(x, many.weights.double(), 4, standardise=True)]
+    assert [space.vectors is None for space in found] == [False] * 4
+    assert torch.cat([space.tasks for space in found]).sort().values.tolist() == list(range(60))
+    together = fit_site(x, many, PENALTIES, tolerance=1e-8)
+    few = Tasks(draws[2:3], train[1:2], 2)
+    space, *others = spaces(x, few.weights.double(), 1, standardise=True)
+    assert space.vectors is None and not others
+    alone = fit_site(x, few, PENALTIES[:1], tolerance=1e-8)
+    assert (together.weights[9, 0] - alone.weights[0, 0]).norm() <= 1e-7 * alone.weights.norm()
+
+
+@pytest.mark.parametrize("shape", [(400, 300), (180, 400)])
+def test_a_part_of_the_eigenvectors_is_enough(shape: tuple[int, int]) -> None:
+    rng = np.random.default_rng(3)
+    x = torch.tensor(rng.normal(size=shape) / np.arange(1, shape[1] + 1) @ rng.normal(size=(shape[1], shape[1])))
+    labels = (x[:, 0] + x.std() * torch.tensor(rng.normal(size=shape[0])) > 0).long()
+    train = folds(len(x))
+    (space,) = spaces(x, train.double(), len(PENALTIES), standardise=True)
+    assert space.basis.vectors is not None and space.basis.vectors.shape[1] == RANK + 1
+    agrees(fit_site(x, Tasks.of(labels, train, 2), PENALTIES), x, labels, train, PENALTIES)
+
+
+@pytest.mark.parametrize("kind", ["plain", "wide", "five classes"])
+def test_a_loose_tolerance_is_kept_in_float32(kind: str) -> None:
+    x, labels = synthetic(kind)
+    tasks = Tasks.of(labels, folds(len(x)), int(labels.max()) + 1)
+    loose, exact = fit_site(x, tasks, PENALTIES, tolerance=1e-3), fit_site(x, tasks, PENALTIES, tolerance=1e-7)
+    distance = (loose.coefficients - exact.coefficients).flatten(2).norm(dim=2)
+    norm = exact.coefficients.flatten(2).norm(dim=2)
+    assert bool((distance <= 1e-3 * norm).all()) and float((distance / norm).max()) > 1e-6
+    assert int(loose.steps.sum()) < int(exact.steps.sum())
 
 
 @pytest.mark.parametrize("penalty", [1e5, 1e8])

@@ -13,10 +13,17 @@ import torch
 from torch import Tensor
 
 from mechinterp_cli.methods.probe import losses
-from mechinterp_cli.methods.probe.descent import Point, Problems, Shared, descend, objective, start
-from mechinterp_cli.methods.probe.standardise import Scaling, fit_scaling
+from mechinterp_cli.methods.probe.basis import Basis
+from mechinterp_cli.methods.probe.descent import Point, Problems, descend, objective, start
+from mechinterp_cli.methods.probe.spaces import Space, spaces
 
 TOLERANCE = 1e-4
+LOOSE = 1e-3
+"""From this tolerance on float32 is enough, unchecked."""
+NEARER = 0.8
+"""What is asked of float32, as a share of the tolerance, so that the check in float64 finds little to do."""
+REACH = 2e-5
+"""Float32 is asked for no more: rounding leaves gradients that are up to a quarter of it."""
 MAX_STEPS = 2000
 CHUNK_CPU, CHUNK_GPU = 2**16, 2**24
 """Logits that are held at once: what stays in a core's cache; what fills a GPU."""
@@ -45,16 +52,20 @@ class Tasks:
         """On another device."""
         return Tasks(self.labels.to(device), self.weights.to(device), self.classes)
 
+    def at(self, tasks: Tensor, samples: Tensor) -> "Tasks":
+        """Some of the tasks and of the samples."""
+        return Tasks(self.labels[tasks][:, samples], self.weights[tasks][:, samples], self.classes)
+
     @property
     def columns(self) -> int:
         """Rows of coefficients."""
         return 1 if self.classes == 2 else self.classes
 
-    def targets(self) -> Tensor:
-        """[tasks, columns, n], 0 and 1."""
+    def signs(self) -> Tensor:
+        """[tasks, columns, n]: −1 where the column is the sample's class, else 1."""
         if self.columns == 1:
-            return self.labels[:, None]
-        return torch.nn.functional.one_hot(self.labels, self.classes).transpose(1, 2)
+            return 1 - 2 * self.labels[:, None]
+        return 1 - 2 * torch.nn.functional.one_hot(self.labels, self.classes).transpose(1, 2)
 
 
 @dataclass(frozen=True)
@@ -161,56 +172,69 @@ def fit_site(
         tolerance: Largest gradient, relative.
         max_steps: Of the solver.
     """
-    tasks = tasks.to(x.device)
-    x, weights = x.double(), tasks.weights.double()
-    every = fit_scaling(x, torch.ones_like(weights[:1]))
-    scaling = fit_scaling(x, weights)
-    if not standardise:
-        every, scaling = (Scaling(found.mean, torch.ones_like(found.scale)) for found in (every, scaling))
-    shared = Shared.of(every(x)[0])
-    ridge = torch.nn.functional.pad((scaling.scale / every.scale).square(), (0, 1))[:, None]
-    targets = tasks.targets().double()
+    tasks, x = tasks.to(x.device), x.double()
     strength = torch.tensor(penalties, dtype=x.dtype, device=x.device)
-    room = CHUNK_GPU if x.is_cuda else CHUNK_CPU
-    step = max(1, room // (targets[0].numel() * len(strength)))
-    points, values = [], []
-    for begin in range(0, len(weights), step):
+    parts = []
+    for space in spaces(x, tasks.weights.double(), tasks.columns * len(strength), standardise=standardise):
+        fitted = _fit_space(space, tasks.at(space.tasks, space.samples), strength, tolerance, max_steps)
+        parts.append((space.tasks, fitted))
+    order = torch.cat([places for places, _ in parts]).argsort()
+    return _joined([fitted for _, fitted in parts], order)
+
+
+def _fit_space(space: Space, tasks: Tasks, strength: Tensor, tolerance: float, max_steps: int) -> Logistic:
+    """Tasks that share their features, as many at once as there is room for."""
+    room = CHUNK_GPU if strength.is_cuda else CHUNK_CPU
+    step = max(1, room // (tasks.labels.shape[1] * tasks.columns * len(strength)))
+    parts = []
+    for begin in range(0, len(tasks.labels), step):
         part = slice(begin, begin + step)
-        problems = _problems(targets[part], weights[part], ridge[part], strength)
-        points.append(_solve(shared, problems, tolerance, max_steps))
-        values.append(objective(shared, problems, points[-1].w))
-    return _result(points, values, scaling.scale, every, len(strength))
+        problems = _problems(Tasks(tasks.labels[part], tasks.weights[part], tasks.classes), space, part, strength)
+        point, values = _solve(space.basis, problems, tolerance, max_steps)
+        parts.append(_result(space, part, point, values, len(strength)))
+    return _joined(parts)
 
 
-def _problems(targets: Tensor, weights: Tensor, ridge: Tensor, strength: Tensor) -> Problems:
+def _problems(tasks: Tasks, space: Space, part: slice, strength: Tensor) -> Problems:
     """Penalties vary fastest."""
     count = len(strength)
-    weighted = weights[:, None] * strength[:, None]
-    return Problems(
-        targets.repeat_interleave(count, 0), weighted.flatten(0, 1)[:, None], ridge.repeat_interleave(count, 0)
-    )
+    weighted = tasks.weights.to(strength)[:, None] * strength[:, None]
+    ridge = space.ridge[part].repeat_interleave(count, 0) if len(space.ridge) > 1 else space.ridge
+    signs = tasks.signs().to(strength).repeat_interleave(count, 0)
+    return Problems(signs, weighted.flatten(0, 1)[:, None], ridge.expand(len(signs), -1, -1))
 
 
-def _solve(shared: Shared, problems: Problems, tolerance: float, max_steps: int) -> Point:
-    """In float32 as far as that goes, then in float64."""
-    near = descend(shared.to(torch.float32), problems, start(problems), tolerance=tolerance, max_steps=max_steps // 2)
-    return descend(shared, problems, near, tolerance=tolerance, max_steps=max_steps)
+def _solve(basis: Basis, problems: Problems, tolerance: float, max_steps: int) -> tuple[Point, Tensor]:
+    """In float32 as far as that goes, then checked and gone on with in float64; and objectives."""
+    rough = basis.to(torch.float32)
+    if tolerance >= LOOSE:
+        problems = problems.to(torch.float32)
+        point = descend(rough, problems, start(problems), tolerance=tolerance, max_steps=max_steps)
+        return point, objective(rough, problems, point.w)
+    nearer = max(NEARER * tolerance, REACH)
+    near = descend(rough, problems, start(problems), tolerance=nearer, max_steps=max_steps // 2)
+    point = descend(basis, problems, near, tolerance=tolerance, max_steps=max_steps)
+    return point, objective(basis, problems, point.w)
 
 
-def _result(points: list[Point], values: list[Tensor], scale: Tensor, every: Scaling, penalties: int) -> Logistic:
-    w = torch.cat([point.w for point in points])
-    w, b = w[..., :-1] / every.scale, w[..., -1]
-    b = b - w @ every.mean[0]
-
-    def shaped(found: Sequence[Tensor]) -> Tensor:
-        return torch.cat(list(found)).view(-1, penalties)
-
+def _result(space: Space, part: slice, point: Point, values: Tensor, penalties: int) -> Logistic:
+    weights, intercepts = space.raw(point.w.double())
+    shape = (-1, penalties)
     return Logistic(
-        weights=w.view(-1, penalties, *w.shape[1:]),
-        intercepts=b.view(-1, penalties, b.shape[1]),
-        scale=scale,
-        objective=shaped(values),
-        gradient=shaped([point.gradient for point in points]),
-        steps=shaped([point.steps for point in points]).long(),
-        converged=shaped([point.converged for point in points]).bool(),
+        weights=weights.view(*shape, *weights.shape[1:]),
+        intercepts=intercepts.view(*shape, *intercepts.shape[1:]),
+        scale=space.scale[part],
+        objective=values.double().view(shape),
+        gradient=point.gradient.double().view(shape),
+        steps=point.steps.long().view(shape),
+        converged=point.converged.bool().view(shape),
     )
+
+
+def _joined(parts: Sequence[Logistic], order: Tensor | None = None) -> Logistic:
+    """Along the tasks, put in order."""
+    if len(parts) == 1 and order is None:
+        return parts[0]
+    names = Logistic.__dataclass_fields__
+    whole = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
+    return Logistic(**(whole if order is None else {name: value[order] for name, value in whole.items()}))

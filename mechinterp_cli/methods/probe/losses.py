@@ -1,7 +1,10 @@
-"""Log-loss of many problems at once, from their logits: chances, curvature along a direction, values.
+"""Log-loss of many problems at once, from their logits: misses, curvature along a direction, values.
 
 Logits are [problems, columns, n]. One column is the two-class problem, whose logit is that of class 1; more columns
-are one per class.
+are one per class. Signs are shaped like them: −1 where the column is the sample's class, 1 where it is not.
+
+A miss is by how much a chance is wrong: of another class the chance itself, of a sample's own class what it lacks to 1.
+With the sign it is the derivative of the loss; it is computed without a difference from 1, which rounding would eat.
 """
 
 import torch
@@ -9,9 +12,12 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid, softplus
 
 
-def probabilities(logits: Tensor) -> Tensor:
-    """Of class 1 where there is one column, of each class where there are more; as `logits`."""
-    return logits.sigmoid() if logits.shape[-2] == 1 else logits.softmax(-2)
+def misses(logits: Tensor, signs: Tensor) -> Tensor:
+    """As `logits`, from 0 to 1."""
+    if logits.shape[-2] == 1:
+        return (signs * logits).sigmoid_()
+    others = logits.softmax(-2).masked_fill(signs < 0, 0)
+    return torch.where(signs < 0, others.sum(-2, keepdim=True), others)
 
 
 def log_probabilities(logits: Tensor) -> Tensor:
@@ -21,33 +27,43 @@ def log_probabilities(logits: Tensor) -> Tensor:
     return logits.log_softmax(-2)
 
 
-def curvature(chances: Tensor, direction: Tensor) -> Tensor:
+def curvature(missed: Tensor, signs: Tensor, direction: Tensor) -> Tensor:
     """Second derivative of each sample's log-loss along a direction of its logits, [problems, 1, n].
 
     Args:
-        chances: From `probabilities`.
+        missed: From `misses`.
+        signs: As there.
         direction: Of the logits, as they are shaped.
     """
-    if chances.shape[-2] == 1:
-        return chances * (1 - chances) * direction.square()
-    mean = (chances * direction).sum(-2, keepdim=True)
-    return (chances * direction.square()).sum(-2, keepdim=True) - mean.square()
+    if missed.shape[-2] == 1:
+        return _spread(missed).mul_(direction).mul_(direction)
+    relative = direction - _own(direction, signs)
+    pulled = missed * relative
+    return (pulled * relative).sum(-2, keepdim=True) - pulled.sum(-2, keepdim=True).square()
 
 
-def mean_curvature(chances: Tensor) -> Tensor:
+def mean_curvature(missed: Tensor) -> Tensor:
     """Curvature of a logit, mean over columns, [problems, 1, n]: 1/4, or 1/classes, where chances are even."""
-    columns = chances.shape[-2]
-    if columns == 1:
-        return chances * (1 - chances)
-    return (1 - chances.square().sum(-2, keepdim=True)) / (columns - 1)
+    columns = missed.shape[-2]
+    return _spread(missed) if columns == 1 else _spread(missed).sum(-2, keepdim=True) / (columns - 1)
 
 
-def loss(logits: Tensor, targets: Tensor) -> Tensor:
+def loss(logits: Tensor, signs: Tensor) -> Tensor:
     """Log-loss of each sample, nats, [problems, 1, n].
 
     Args:
         logits: As above.
-        targets: 0 and 1, shaped as the logits: whether it is class 1, or one column per class.
+        signs: As above.
     """
-    own = (logits * targets).sum(-2, keepdim=True)
-    return (softplus(logits) if logits.shape[-2] == 1 else logits.logsumexp(-2, keepdim=True)) - own
+    if logits.shape[-2] == 1:
+        return softplus(signs * logits)
+    return logits.logsumexp(-2, keepdim=True) - _own(logits, signs)
+
+
+def _spread(missed: Tensor) -> Tensor:
+    return torch.addcmul(missed, missed, missed, value=-1)
+
+
+def _own(values: Tensor, signs: Tensor) -> Tensor:
+    """Of each sample's class."""
+    return values.masked_fill(signs > 0, 0).sum(-2, keepdim=True)
