@@ -100,7 +100,12 @@ def test_config_has_a_plan(path: Path, run: Main) -> None:
 
 
 def check_files(
-    folder: Path, source: Path, pictures_expected: int, tables: set[str] = TABLES, pages: int = 0
+    folder: Path,
+    source: Path,
+    pictures_expected: int,
+    tables: set[str] = TABLES,
+    pages: int = 0,
+    others: frozenset[str] = frozenset(),
 ) -> Manifest:
     """A complete run directory: what the README names, whole, as the manifest says, and so many pictures and pages."""
     manifest = Manifest.read(folder)
@@ -111,7 +116,7 @@ def check_files(
     readable = {
         name.replace(".parquet", ".csv") for name in tables if name.removesuffix(".parquet") not in PARQUET_ONLY
     }
-    written = {"config.yaml", "config.resolved.yaml", "log.jsonl", "report.html"} | tables | readable
+    written = {"config.yaml", "config.resolved.yaml", "log.jsonl", "report.html"} | tables | readable | others
     assert files - pictures == written | {"manifest.json"}
     assert set(manifest.outputs) == written | pictures
     assert all(file_info(folder / name, info.rows) == info for name, info in manifest.outputs.items())
@@ -288,19 +293,29 @@ def test_the_configs_of_attribute_on_the_real_model_run(
     assert {table for table in tables if f"`{table}" not in readme} == set()
 
 
+CAUSAL = {"causal_effects", "causal_verdicts", "causal_prompts", "causal_downstream"}
+
+
 @pytest.mark.usefixtures("fetched")
 @pytest.mark.parametrize(
     ("name", "pictures", "tables"),
     # Scores of every kind of site, a map of heads, code length, projections.
-    [("probe-toy", 5, {"code", "projections", "predictions"}), ("probe-number", 2, {"projections", "predictions"})],
+    [
+        ("probe-toy", 5, {"code", "projections", "predictions"}),
+        ("probe-number", 2, {"projections", "predictions"}),
+        pytest.param("probe-truth", 5, CAUSAL | {"projections", "predictions"}, marks=pytest.mark.slow),
+    ],
 )
 def test_the_configs_of_probe_leave_whole_run_directories(
     tmp_path: Path, run: Main, name: str, pictures: int, tables: set[str]
 ) -> None:
     source = ROOT / "configs" / f"{name}.yaml"
     few = ["--set", "probe.folds=2", "--set", "probe.inner_folds=2", "--set", "probe.penalties=[0.01, 1.0]"]
+    if tables >= CAUSAL:
+        few += ["--set", "probe.causal.random=9", "--set", "probe.causal.hold_out=0.5"]
     folder = run_config(run, source, tmp_path / "runs", *few, "--set", "task.n=24")
-    check_files(folder, source, pictures, {f"{table}.parquet" for table in tables | {"prompts", "probes", "labels"}})
+    written = {f"{table}.parquet" for table in tables | {"prompts", "probes", "labels"}}
+    check_files(folder, source, pictures, written, others=frozenset({"directions.safetensors"}))
     readme = (ROOT / "README.md").read_text()
     assert {table for table in tables | {"probes", "labels"} if f"`{table}" not in readme} == set()
 
@@ -313,7 +328,7 @@ def test_every_config_is_run_here_and_listed_in_the_readme() -> None:
         "attribute-direct", "attribute-estimators", "attribute-ioi", "attribute-lens", "attribute-relp",
         "attribute-tokens", "attribute-tokens-corrupt", "attribute-toy",
         "heads-ioi", "heads-smollm2", "heads-toy",
-        "probe-number", "probe-toy",
+        "probe-number", "probe-toy", "probe-truth",
         "patch-facts-tracing", "patch-induction-toy", "patch-ioi", "patch-ioi-heads",
     }  # fmt: skip
     assert all(f"(configs/{path.name})" in readme for path in CONFIGS)

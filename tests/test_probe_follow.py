@@ -15,7 +15,6 @@ from safetensors.torch import load_file
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
-from transformers import LlamaForCausalLM
 
 from mechinterp_cli.cli.main import main
 from mechinterp_cli.engine import plan
@@ -28,6 +27,7 @@ from mechinterp_cli.tasks.prompts import PromptSet
 from tests.experiments import Run, config_of, run_method
 from tests.probe_cases import planted_prompts
 from tests.probe_folder import UNUSED, USED, planted_folder, planted_task
+from tests.probe_hooks import Model
 
 TOLERANCE = 1e-4
 QUICKLY: dict[str, Any] = {
@@ -64,10 +64,10 @@ def of_all(run: Run, table: str) -> pd.DataFrame:
 
 @pytest.mark.parametrize(("which", "used"), [(UNUSED, "no"), (USED, "yes")])
 def test_a_direction_that_is_readable_but_unused_is_told_from_one_that_is_used(
-    follow: Callable[..., Run], which: int, used: str
+    follow: Callable[..., Run], tmp_path: Path, which: int, used: str
 ) -> None:
     asked = {"interventions": ["erase", "leace", "swap", "steer"], "random": 199, "measure": 32, "margin": 1.0}
-    run = follow(which, asked, permutations=19)
+    run = follow(causal=asked, permutations=19, task=planted_task(tmp_path / "many.csv", which, count=200))
     rows = of_all(run, "causal_verdicts")
     assert set(rows["readable"]) == {"yes"}
     assert rows["score"].min() > 0.95
@@ -87,48 +87,6 @@ def test_nothing_of_what_is_erased_comes_back_where_no_copy_was_left(follow: Cal
     assert (row["erased_layer"], row["layer"]) == (0, 1)
     assert row["score_before"] > 0.95
     assert abs(row["score_after"] - row["chance"]) < 0.2
-
-
-class Model:
-    """The model of a folder by plain hooks, on the prompts of a run."""
-
-    def __init__(self, folder: Path, run: Run) -> None:
-        self.model: Any = LlamaForCausalLM.from_pretrained(folder).train(False)
-        self.clean, self.corrupt = run.tokens("clean"), run.tokens("corrupt")
-        self.answer, self.wrong = run.answers(), run.answers("wrong_answer_ids")
-
-    def seen(self, layer: int, tokens: Tensor) -> Tensor:
-        """The stream after a layer at the last position; of the last layer, too, before the norm."""
-        found: list[Tensor] = []
-
-        def keep(x: Tensor) -> Tensor:
-            found.append(x.clone())
-            return x
-
-        self.logits(layer, keep, tokens)
-        return found[0]
-
-    def logits(self, layer: int, change: Callable[[Tensor], Tensor], tokens: Tensor) -> Tensor:
-        def hook(_module: object, _args: object, output: Any) -> Any:
-            x = (output[0] if isinstance(output, tuple) else output).clone()
-            x[:, -1] = change(x[:, -1])
-            return (x, *output[1:]) if isinstance(output, tuple) else x
-
-        handle = self.model.model.layers[layer].register_forward_hook(hook)
-        try:
-            with torch.no_grad():
-                logits: Tensor = self.model(tokens).logits[:, -1]
-        finally:
-            handle.remove()
-        return logits
-
-    def effect(self, layer: int, change: Callable[[Tensor], Tensor], *, corrupt: bool = False) -> Tensor:
-        """Of the logit difference, [prompts]."""
-        tokens = self.corrupt if corrupt else self.clean
-        after, before = (self.logits(layer, one, tokens) for one in (change, lambda x: x))
-        moved = after - before
-        at = torch.arange(len(moved))
-        return moved[at, self.answer] - moved[at, self.wrong]
 
 
 def test_effects_are_those_of_plain_hooks_and_directions_those_of_scikit_learn(
