@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.tiny import tiny_tokens
+from mechinterp_cli.config.model import ModelOptions
 from mechinterp_cli.engine import edge_columns
 from mechinterp_cli.engine.circuit_graph import Graph, Source, Target
 from mechinterp_cli.engine.edge_patching import EdgePatching, Pairs, exact_edge_effects, run_circuits
@@ -16,6 +17,7 @@ from mechinterp_cli.engine.edge_routing import Bools
 from mechinterp_cli.engine.wiring import Wiring, wired
 from mechinterp_cli.errors import UserError
 from mechinterp_cli.models.anatomy import find_anatomy
+from mechinterp_cli.models.load import load_model
 from tests.edge_plain import PlainEdges
 from tests.families import build
 
@@ -89,20 +91,46 @@ def test_all_edges_are_one_stream_and_none_the_other(family: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_all_edges_into_the_logits_are_the_other_stream_and_all_into_one_node_are_its_input(family: str) -> None:
     wiring, pairs = wiring_of(family), pairs_of()
-    graph, patching = wiring.graph, EdgePatching(wiring, pairs_of())
-    plain = PlainEdges(family, graph, wiring.model)
+    targets = [Target("mlp", 1), Target("q", 1, 2), Target("k", 2, 0), Target("v", 0, 1)]
+    check_sums(wiring, pairs, PlainEdges(family, wiring.graph, wiring.model), targets, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "family"),
+    [
+        ("toy-induction", "llama"),
+        ("planted-induction", "gpt2"),
+        pytest.param("smollm2-135m-instruct", "llama", marks=pytest.mark.slow),
+    ],
+)
+def test_the_sums_of_models_that_were_trained_or_made(name: str, family: str) -> None:
+    loaded = load_model(ModelOptions(id=name, attn_implementation="eager"))
+    wiring = wired(loaded.model, loaded.anatomy)
+    own = torch.tensor([[5, 9, 14, 21, 30, 40, 9], [6, 11, 8, 19, 33, 41, 11]])
+    other = own.clone()
+    other[:, 1] = 7
+    last = loaded.anatomy.n_layers - 1
+    targets = [Target("mlp", last // 2), Target("q", last, 2), Target("k", last, 1), Target("v", last // 2, 0)]
+    check_sums(wiring, Pairs.of(own, other), PlainEdges(family, wiring.graph, loaded.model), targets, 1e-4)
+
+
+def check_sums(wiring: Wiring, pairs: Pairs, plain: PlainEdges, targets: Sequence[Target], tolerance: float) -> None:
+    """All edges into the logits, and into each of some targets, against what stands there in the other stream."""
+    graph, patching = wiring.graph, EdgePatching(wiring, pairs)
     _, seen = plain.oracle.run(pairs.other)
-    place = "resid_pre" if plain.oracle.names.parallel else "resid_mid"
-    targets = [Target("logits", 3), Target("mlp", 1), Target("q", 1, 2), Target("k", 2, 0), Target("v", 0, 1)]
-    got = patching.run(np.stack([graph.edge_target != graph.target_index[target] for target in targets]), logits_of)
-    want = [native(wiring, pairs.other), mlp_patched(plain, pairs, seen[place, 1], 1)]
-    for target in targets[2:]:
-        site, head = (target.kind, target.layer), target.head
-        want.append(plain.oracle.run(pairs.own, {site: head_from(seen[site], head)})[0][:, -1].double())
+    into = [graph.edge_target != graph.target_index[target] for target in (graph.targets[-1], *targets)]
+    got, want = patching.run(np.stack(into), logits_of), [native(wiring, pairs.other)]
+    for target in targets:
+        if target.kind == "mlp":
+            place = "resid_pre" if plain.oracle.names.parallel else "resid_mid"
+            want.append(mlp_patched(plain, pairs, seen[place, target.layer], target.layer))
+        else:
+            site, head = (target.kind, target.layer), target.head
+            want.append(plain.oracle.run(pairs.own, {site: head_from(seen[site], head)})[0][:, -1].double())
     scale = native(wiring, pairs.own)
     for mine, theirs in zip(got, want, strict=True):
-        assert far(mine, theirs, scale) <= 1e-5
-        assert far(mine, scale, scale) > 1e-4
+        assert far(mine, theirs, scale) <= tolerance
+    assert far(got[0], scale, scale) > 0.1
 
 
 def mlp_patched(plain: PlainEdges, pairs: Pairs, mlp_input: Tensor, layer: int) -> Tensor:
