@@ -86,7 +86,12 @@ def _candidates(setting: Setting, options: CausalOptions, held: Sequence[int]) -
     prompts = setting.prompts.prompts
     if "swap" in options.interventions:
         held = [i for i in held if prompts[i].corrupt_tokens is not None] or held
-    if setting.loaded.config.resolved()["task"].get("keep") != "correct" or not setting.compute:
+    if setting.loaded.config.resolved()["task"].get("keep") != "correct":
+        return held
+    if setting.moment.name is not None:
+        problem = "correct measures the prompts that a model gets right, which are others at each checkpoint"
+        raise setting.loaded.error(("task", "keep"), problem, "Leave out model.checkpoints, or keep all prompts.")
+    if not setting.compute:
         return held
     some = subset(setting.prompts, held)
     kept, _ = measuring.keep_correct(some, measuring.clean_logits(setting.model, some), top=False)
