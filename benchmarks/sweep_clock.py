@@ -23,20 +23,26 @@ class Stopwatch:
 
     Args:
         device: Waited for before and after every call.
+
+    Attributes:
+        best: The fewest seconds by the clock.
+        least: The fewest seconds of all processors together, which a neighbour's job changes less.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.best: dict[str, float] = {}
+        self.least: dict[str, float] = {}
 
     def time(self, name: str, call: Callable[[], Result], *, per: int = 1) -> Result:
         """Call it, note its seconds divided by `per` where they are the fewest yet, give back its result."""
         self._wait()
-        begin = time.perf_counter()
+        begin, begin_processor = time.perf_counter(), time.process_time()
         result = call()
         self._wait()
-        seconds = (time.perf_counter() - begin) / per
+        seconds, processor = (time.perf_counter() - begin) / per, (time.process_time() - begin_processor) / per
         self.best[name] = min(seconds, self.best.get(name, seconds))
+        self.least[name] = min(processor, self.least.get(name, processor))
         return result
 
     def _wait(self) -> None:

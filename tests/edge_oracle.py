@@ -5,42 +5,41 @@ read from the first and put into the second.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
 
 from mechinterp_cli.engine.circuit_graph import Source, Target
 from mechinterp_cli.engine.edits import Site
-from mechinterp_cli.engine.instrument import kinds_by_layer, read_sites, visiting
+from mechinterp_cli.engine.instrument import kinds_by_layer, visiting
 from mechinterp_cli.models.record import hooked
 from mechinterp_cli.models.walk import forward
 from tests.attribution_cases import Case
 
 Metric = Callable[[Tensor, Tensor], Tensor]
+Edits = dict[Site, Callable[[Tensor], Tensor]]
 
 
 @dataclass(frozen=True, eq=False)
 class Stream:
-    """One stream's activations, from the tokens or from embeddings in place of theirs."""
+    """One stream's activations.
+
+    Args:
+        case: Model and prompts.
+        tokens: The stream's.
+        placed: Activations that stand in place of the pass's own.
+    """
 
     case: Case
     tokens: Tensor
-    embed: Tensor | None = None
-    placed: tuple[Site, Tensor] | None = None
-    """An activation that stands in place of the pass's own."""
+    placed: dict[Site, Tensor] = field(default_factory=dict)
 
-    def run(
-        self, edits: dict[Site, Callable[[Tensor], Tensor]], wanted: set[Site]
-    ) -> tuple[Tensor, dict[Site, Tensor]]:
+    def run(self, changes: Edits, wanted: set[Site]) -> tuple[Tensor, dict[Site, Tensor]]:
         """Logits where they are read, and activations, of a pass with edits; both keep their graph."""
         seen: dict[Site, Tensor] = {}
-        edits = dict(edits)
-        if self.embed is not None:
-            edits[Site("embed", 0)] = lambda _own: self.embed  # type: ignore[return-value]  # not None here
-        if self.placed is not None:
-            edits.setdefault(self.placed[0], lambda _own: self.placed[1])  # type: ignore[index]  # not None here
+        edits = {site: partial(_instead, x) for site, x in self.placed.items()} | changes
 
         def visit(site: Site, activation: Tensor) -> Tensor | None:
             new = edits[site](activation) if site in edits else None
@@ -90,7 +89,7 @@ class Stream:
         found: torch.nn.Module = self.case.model.model.layers[layer].self_attn.o_proj
         return found
 
-    def _projected(self, projection: torch.nn.Module, edits: dict[Site, Callable[[Tensor], Tensor]]) -> Tensor:
+    def _projected(self, projection: torch.nn.Module, edits: Edits) -> Tensor:
         given: list[Tensor] = []
         with hooked([projection.register_forward_hook(lambda _m, _a, out: given.append(out.clone()))]), torch.no_grad():
             self.run(edits, set())
@@ -130,9 +129,13 @@ class Stream:
         return torch.autograd.grad(total, leaf)[0]
 
 
+def _instead(new: Tensor, _own: Tensor) -> Tensor:
+    return new
+
+
 def both(case: Case) -> tuple[Stream, Stream]:
     """The base and the source."""
     return Stream(case, case.base), Stream(case, case.source)
 
 
-__all__ = ["Metric", "Stream", "both", "read_sites"]
+__all__ = ["Metric", "Stream", "both"]

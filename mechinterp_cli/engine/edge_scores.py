@@ -164,7 +164,7 @@ def edge_scores(
     """
     asked = _Asked(wiring, pairs, metric, batching or Batching(TOKENS_PER_PASS), tick)
     line = {"eap": (0.0,), "clean_corrupted": (0.0, 1.0)}.get(method) or places(steps, rule)
-    at_once = asked.batching.at_once(pairs.base.shape[1])
+    at_once = asked.batching.at_once(pairs.base.shape[1] * len(line))
     parts, slopes = [], []
     for prompts in torch.split(torch.arange(len(pairs.base)), at_once):
         lot = _Lot.of(asked, prompts)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from mechinterp_cli.engine.circuit_graph import ATTENTION_TARGETS, Graph, Target, is_parallel
 from mechinterp_cli.engine.edits import Site
 from mechinterp_cli.engine.gradients import Context, Differentiable, Pass, graph
+from mechinterp_cli.engine.sliced_linear import SlicedLinear
 from mechinterp_cli.engine.softmax_fix import widened
 from mechinterp_cli.engine.wiring import Wiring
 from mechinterp_cli.models.anatomy import Anatomy
@@ -180,7 +181,8 @@ class _Paths:
         """[targets, n, positions, d_model]."""
         layer = group.layer
         stream = self.kept.pop(Site("resid_pre", layer)).detach().requires_grad_()
-        given = self.wiring.attention_inputs(layer, self.calls[layer], stream)
+        with SlicedLinear():
+            given = self.wiring.attention_inputs(layer, self.calls[layer], stream)
         found = stream.new_zeros(group.size, *stream.shape)
         target = iter(found)
         for kind in ATTENTION_TARGETS:

@@ -142,7 +142,7 @@ class Wiring:
             seen.append(given)
             return given.q, None
 
-        with ending_in_attention(attend) as known, intercepted(self.model, known.handler):
+        with ending_in_attention(attend) as known, intercepted(self._module(layer), known.handler):
             self.anatomy.walker(self.model).run(layer, call, stream.to(call.hidden.dtype))
         given = seen[0]
         return {"q": given.q.transpose(1, 2), "k": given.k.transpose(1, 2), "v": given.v.transpose(1, 2)}
@@ -165,11 +165,14 @@ class Wiring:
             seen.append(first_tensor(output).reshape(stream.shape) * addition.scale)
             return True
 
-        with intercepted(self.model, self._no_attention(layer)), self._entering_mlp(layer, stream) as entering:
+        with intercepted(self._module(layer), self._no_attention(layer)), self._entering_mlp(layer, stream) as entering:
             walker = self.anatomy.walker(self.model)
             module = self.model.get_submodule(addition.module)
             run_until(lambda: walker.run(layer, call, entering), module, keep)
         return seen[0]
+
+    def _module(self, layer: int) -> nn.Module:
+        return self.model.get_submodule(self.anatomy.layers[layer].module)
 
     def _no_attention(self, layer: int) -> Any:
         heads = self.anatomy.layers[layer].heads
