@@ -270,7 +270,7 @@ class Part:
         prompt = torch.arange(self.low, self.low + states.shape[1], device=states.device).repeat(len(states))
         chunk, flat = logits_chunk(states.device, self.layers.anatomy.vocab_size), states.flatten(0, 1)
         found = [
-            measure(self.layers.walker.unembed(flat[i : i + chunk]), own, torch.zeros_like(own)).double().cpu()
+            measure(self.layers.walker.unembed(flat[i : i + chunk]), own, torch.zeros_like(own)).cpu().double()
             for i, own in zip(range(0, len(flat), chunk), torch.split(prompt, chunk), strict=True)
         ]
         return torch.unflatten(torch.cat(found), 0, states.shape[:2])
