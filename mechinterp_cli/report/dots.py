@@ -7,6 +7,7 @@ from typing import Any
 
 import altair as alt
 
+from mechinterp_cli.report.cells import interval
 from mechinterp_cli.report.labels import show_text
 from mechinterp_cli.report.picture import PICTURE_WIDTH, SERIES_COLOURS, Chart, Drawing, head_lines, inline
 from mechinterp_cli.report.shapes import Dot, DotPanel, Dots
@@ -86,7 +87,7 @@ def _ends(panel: DotPanel) -> tuple[float, float]:
 def _points(panel: DotPanel) -> Iterator[dict[str, Any]]:
     for dot in panel.dots:
         if math.isfinite(dot.value):
-            yield {**_place(dot), "value": dot.value}
+            yield {**_place(dot), "value": dot.value, "interval": interval(dot.low, dot.high)}
 
 
 def _bars(panel: DotPanel) -> Iterator[dict[str, Any]]:

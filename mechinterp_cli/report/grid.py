@@ -5,13 +5,14 @@ templates never share a panel.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from mechinterp_cli.report.cells import interval, probability, text
 from mechinterp_cli.report.labels import show_text, show_token
 
 MAX_PANELS = 12
@@ -42,6 +43,8 @@ class Panel:
     """`ok`, `trivial` (exactly 0, not computed), `undefined`, `nan`, or `absent` (no such trial)."""
     row_title: str = "layer"
     """What the rows are."""
+    details: Mapping[tuple[int, int], Mapping[str, str]] = field(default_factory=dict)
+    """By (row, column): what stands behind a cell's number, for those who point at it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,19 +233,41 @@ def build_panel(
     values = np.full((len(layers), len(keys)), np.nan)
     status = np.full(values.shape, "absent", dtype=object)
     row_of, column_of = {layer: i for i, layer in enumerate(layers)}, {key: i for i, key in enumerate(keys)}
+    shown: dict[tuple[int, int], int] = {}
     cells = zip(rows["layer"], _places(rows, column), rows[quantity], rows["status"], strict=True)
-    for layer, place, value, state in cells:
+    for index, (layer, place, value, state) in enumerate(cells):
         at = (row_of[0 if pd.isna(layer) else int(layer)], column_of[place])
         number = np.nan if pd.isna(value) else float(value)
         state = _cell_state(str(state), number)
-        if (_STANDING[state], abs(number)) > (_STANDING[status[at]], abs(values[at])):
-            values[at], status[at] = number, state
+        if (CELL_STANDING[state], abs(number)) > (CELL_STANDING[status[at]], abs(values[at])):
+            values[at], status[at], shown[at] = number, state, index
     labels = _labels(keys, column, tokens)
     name = "position" if column == "position" and not tokens else COLUMN_TITLES.get(column or "", "")
-    return Panel(title=title, column_title=name, columns=labels, layers=layers, values=values, status=status)
+    return Panel(
+        title=title,
+        column_title=name,
+        columns=labels,
+        layers=layers,
+        values=values,
+        status=status,
+        details=_details(rows, shown),
+    )
 
 
-_STANDING = {"absent": 0, "trivial": 1, "undefined": 2, "ok": 3, "nan": 4}
+def _details(rows: pd.DataFrame, shown: Mapping[tuple[int, int], int]) -> dict[tuple[int, int], Mapping[str, str]]:
+    """Interval, adjusted p and n of the row that each cell shows, as far as the table has them."""
+    nothing = [None] * len(rows)
+    columns = [rows[name].tolist() if name in rows else nothing for name in ("ci_low", "ci_high", "p_adjusted", "n")]
+    if all(column is nothing for column in columns):
+        return {}
+    behind = list(zip(*columns, strict=True))
+    return {
+        at: {"interval": interval(low, high), "p": probability(p), "n": text(n)}
+        for at, (low, high, p, n) in ((at, behind[index]) for at, index in shown.items())
+    }
+
+
+CELL_STANDING = {"absent": 0, "trivial": 1, "undefined": 2, "ok": 3, "nan": 4}
 """Which of several trials is shown where they share a cell: a NaN is never hidden by a number."""
 
 

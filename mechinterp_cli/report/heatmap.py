@@ -6,6 +6,7 @@ from typing import Any
 
 import altair as alt
 
+from mechinterp_cli.report.coarse import coarse
 from mechinterp_cli.report.grid import ColourScale, Heatmap, Panel
 from mechinterp_cli.report.picture import COLOURS, PICTURE_WIDTH, Drawing, head_lines
 
@@ -37,8 +38,8 @@ def chart(heatmap: Heatmap) -> alt.ConcatChart:
 
 
 def drawing(heatmap: Heatmap) -> Drawing:
-    """The heat map as a picture."""
-    return Drawing(partial(chart, heatmap))
+    """The heat map as a picture; one that is too large for that has its columns joined."""
+    return Drawing(partial(chart, coarse(heatmap)))
 
 
 def render_png(heatmap: Heatmap, *, scale: float = 2.0) -> bytes:
@@ -180,6 +181,7 @@ def _cells(panel: Panel) -> list[dict[str, Any]]:
             "state": panel.status[i, j],
             "kind": STATE_NAMES.get(panel.status[i, j], ""),
             "value": float(panel.values[i, j]) if panel.status[i, j] == "ok" else None,
+            **panel.details.get((i, j), {}),
         }
         for i, layer in enumerate(panel.layers)
         for j, label in enumerate(panel.columns)

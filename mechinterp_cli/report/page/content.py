@@ -75,7 +75,8 @@ def _asked(manifest: Manifest) -> Iterator[tuple[str, str]]:
     moments = model.get("checkpoints")
     along = f", {len(moments)} checkpoints" if moments else ""
     kind = f"{model['dtype']} on {model['device']}" if model.get("dtype") and model.get("device") else ""
-    yield "model", ", ".join(filter(None, (str(model.get("id", "")) + along, str(model.get("revision") or ""), kind)))
+    revision = "" if moments else str(model.get("revision") or "")
+    yield "model", ", ".join(filter(None, (str(model.get("id", "")) + along, revision, kind)))
     yield "method", f"{manifest.subcommand}: {manifest.display.get('title', manifest.name)}"
     yield "metrics", ", ".join(map(str, config.get("metrics") or ()))
     if manifest.display.get("scale"):

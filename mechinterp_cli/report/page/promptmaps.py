@@ -40,6 +40,8 @@ class PromptMap:
     """(row, column) of every value."""
     values: Mapping[int, npt.NDArray[np.float64]]
     """By prompt, `[cells]`; NaN where the prompt has no such cell."""
+    signed: bool = True
+    """Whether 0 is the middle of the colours; else it is their end."""
 
 
 def effect_maps(manifest: Manifest, tables: Mapping[str, pd.DataFrame]) -> Iterator[PromptMap]:
@@ -150,13 +152,13 @@ def score_maps(tables: Mapping[str, pd.DataFrame]) -> Iterator[PromptMap]:
     last = checkpoints_of(table).last(table)
     for score in distinct(last, "score"):
         rows = having(last, score=score)
-        trials = rows[["layer", "head"]].drop_duplicates().sort_values(["layer", "head"])
         layers, heads = (sorted({int(value) for value in trials[name]}) for name in ("layer", "head"))
         cells = [(layer, head) for layer in range(len(layers)) for head in range(len(heads))]
         at = rows["layer"].map({v: i for i, v in enumerate(layers)}) * len(heads)
         yield PromptMap(
             title=f"{score} score",
             quantity=score,
+            signed=bool((rows["value"] < 0).any()),
             axis="head",
             side="layer",
             rows=[str(layer) for layer in layers],

@@ -7,7 +7,7 @@ from typing import Any
 import pandas as pd
 
 from mechinterp_cli.report.cells import missing, text
-from mechinterp_cli.report.labels import show_token
+from mechinterp_cli.report.labels import show_text, show_token
 from mechinterp_cli.report.page.pack import plain
 from mechinterp_cli.report.page.promptmaps import PromptMap, effect_maps, score_maps, show_name, token_maps
 from mechinterp_cli.runs.manifest import Manifest
@@ -71,12 +71,10 @@ def _prompt(rows: pd.DataFrame) -> dict[str, Any]:
     first = order[0]
     words = [show_token(str(token), longest=LONGEST) for token in first["tokens"]]
     group = text(first.get("group"))
-    start = "".join(str(token) for token in first["tokens"])[:60]
+    start = show_text(text(first["text"])[:60])
     return {
         "prompt": int(first["prompt"]),
-        "name": " ".join(
-            filter(None, (show_token(start, longest=60).replace("·", " "), f"({group})" if group else ""))
-        ),
+        "name": " ".join(filter(None, (start, f"({show_text(group)})" if group else ""))),
         "spans": {show_name(name): positions for name, positions in _spans(first.get("spans")).items()},
         "streams": [
             {
@@ -105,6 +103,7 @@ def _map(one: PromptMap, numbers: Sequence[int]) -> dict[str, Any]:
     return {
         "title": one.title,
         "quantity": one.quantity,
+        "signed": one.signed,
         "axis": one.axis,
         "side": one.side,
         "rows": list(one.rows),

@@ -1,6 +1,7 @@
 // Charts are drawn by Vega from the specification that the pictures were drawn from.
 const HIDDEN_FIELDS = new Set(["state", "ink", "first", "last"]);
-const FIELD_NAMES = { p: "adjusted p", high: "interval to", low: "interval from" };
+const FIELD_NAMES = { p: "adjusted p", kind: "", series: "" };
+const ERRORS = 1; // Vega's level of what it writes to the console
 const MANY = 3000; // marks: from here on a canvas is quicker than elements
 const drawn = []; // functions that draw again, for another theme
 
@@ -15,16 +16,33 @@ function rowsOf(data) {
   });
 }
 
-function tipPairs(datum) {
-  return Object.entries(datum)
-    .filter(([name, value]) => !name.startsWith("_") && !HIDDEN_FIELDS.has(name) && value !== "" && value !== null)
-    .map(([name, value]) => [FIELD_NAMES[name] ?? name, written(value)]);
+// What the fields of a figure are called: as its axes and legends say.
+function fieldNames(spec) {
+  const found = { ...FIELD_NAMES };
+  const visit = (part) => {
+    if (!part || typeof part !== "object") return;
+    for (const channel of Object.values(part.encoding ?? {})) {
+      const title = channel.title ?? channel.legend?.title;
+      if (channel.field && typeof title === "string") found[channel.field] ??= title;
+    }
+    for (const key of ["layer", "concat", "hconcat", "vconcat"]) (part[key] ?? []).forEach(visit);
+  };
+  visit(spec);
+  return found;
 }
 
-function tooltip(handler, event, item, datum) {
-  const pairs = datum && typeof datum === "object" ? tipPairs(datum) : [];
-  if (pairs.length) showTip(pairs, event.clientX, event.clientY);
-  else hideTip();
+function tipPairs(datum, names) {
+  return Object.entries(datum)
+    .filter(([name, value]) => !name.startsWith("_") && !HIDDEN_FIELDS.has(name) && value !== "" && value !== null)
+    .map(([name, value]) => [names[name] ?? name, written(value)]);
+}
+
+function tooltipOf(names) {
+  return (handler, event, item, datum) => {
+    const pairs = datum && typeof datum === "object" ? tipPairs(datum, names) : [];
+    if (pairs.length) showTip(pairs, event.clientX, event.clientY);
+    else hideTip();
+  };
 }
 
 const isDark = () => document.documentElement.dataset.theme === "dark";
@@ -37,6 +55,8 @@ function themed(spec) {
     ...given,
     background: null,
     mark: { ...given.mark, tooltip: { content: "data" } },
+    area: { ...given.area, tooltip: null },
+    rule: { ...given.rule, tooltip: null },
     title: { ...given.title, color: ink, subtitleColor: faint },
     axis: { ...given.axis, labelColor: ink, titleColor: ink, domainColor: faint, tickColor: faint, gridColor: line },
     legend: { ...given.legend, labelColor: ink, titleColor: ink },
@@ -50,7 +70,9 @@ function themed(spec) {
 async function draw(holder, spec, datasets, label) {
   const rows = Object.values(datasets).reduce((sum, part) => sum + part.length, 0);
   const whole = { ...themed(spec), datasets };
-  const options = { mode: "vega-lite", actions: false, ast: true, renderer: rows > MANY ? "canvas" : "svg", tooltip };
+  const renderer = rows > MANY ? "canvas" : "svg";
+  const tooltip = tooltipOf(fieldNames(spec));
+  const options = { mode: "vega-lite", actions: false, ast: true, renderer, tooltip, logLevel: ERRORS };
   const place = element("div");
   const made = await vegaEmbed(place, whole, options);
   holder.replaceChildren(place);
@@ -88,7 +110,7 @@ function chart(figure) {
 
 function subtitles(spec) {
   const below = spec.title?.subtitle ?? [];
-  return (Array.isArray(below) ? below : [below]).join(" ");
+  return (Array.isArray(below) ? below : [below]).map((words) => text("div", words));
 }
 
 function figureElement(figure) {
@@ -100,7 +122,7 @@ function figureElement(figure) {
   const scroll = { class: "scroll", tabindex: "0", role: "region", "aria-labelledby": heading.id };
   return element("figure", { "data-figure": figure.name },
     heading,
-    text("figcaption", subtitles(figure.spec), { class: "faint" }),
+    element("figcaption", { class: "faint" }, subtitles(figure.spec)),
     element("div", scroll, chart(figure)),
     numbersOf(figure));
 }

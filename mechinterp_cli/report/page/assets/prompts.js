@@ -101,7 +101,8 @@ function streamElement(stream, prompt, strongest, largest) {
 
 function mapSpec(map, cells, largest, colours) {
   const half = (colours.length - 1) / 2;
-  const domain = colours.map((_, at) => ((at - half) / half) * (largest || 1));
+  const range = map.signed ? colours : colours.slice(half);
+  const domain = range.map((_, at) => (map.signed ? (at - half) / half : at / half) * (largest || 1));
   const columns = [...new Map([...cells].sort((a, b) => a._at - b._at).map((cell) => [cell.column, 0])).keys()];
   const short = columns.every((name) => name.length <= 3);
   const rows = map.rows.filter((row) => cells.some((cell) => cell.row === row)).reverse();
@@ -114,7 +115,7 @@ function mapSpec(map, cells, largest, colours) {
       x: { field: "column", type: "nominal", scale: { domain: columns }, title: map.axis,
         axis: { labelAngle: short ? 0 : -60, labelLimit: 150 } },
       y: { field: "row", type: "nominal", scale: { domain: rows }, title: map.side, axis: { labelLimit: 160 } },
-      color: { field: "value", type: "quantitative", scale: { domain, range: colours, interpolate: "rgb" },
+      color: { field: "value", type: "quantitative", scale: { domain, range, interpolate: "rgb" },
         legend: { title: map.quantity, gradientLength: 90, format: ".2~g", titleLimit: 160 } },
     },
   };

@@ -44,12 +44,13 @@ function numbersOf(figure) {
   const details = element("details", {}, text("summary", "Numbers of this figure"));
   details.addEventListener("toggle", () => {
     if (!details.open || details.children.length > 1) return;
+    const names = fieldNames(figure.spec);
     for (const data of Object.values(figure.data)) {
       const kept = data.fields.map((name, at) => at).filter((at) => !HIDDEN_FIELDS.has(data.fields[at]) &&
         data.columns[at].some((cell) => cell !== null && cell !== ""));
       if (!kept.length || data.columns[0].length < 2) continue;
       const rows = data.columns[0].map((_, row) => kept.map((at) => data.columns[at][row]));
-      details.append(sortableTable(figure.title, kept.map((at) => FIELD_NAMES[data.fields[at]] ?? data.fields[at]), rows));
+      details.append(sortableTable(figure.title, kept.map((at) => names[data.fields[at]] || data.fields[at]), rows));
     }
   }, { once: false });
   return details;
