@@ -71,13 +71,18 @@ def panels(spec: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     return {panel["title"]: panel for panel in spec["concat"]}
 
 
+PLACES = {"name", "x", "y", "high", "from", "to", "share", "none"}
+"""Columns that say where a mark stands; others are for tooltips."""
+
+
 def rows_of(spec: Mapping[str, Any], panel: Mapping[str, Any], *columns: str) -> list[dict[str, Any]]:
-    """A panel's rows of data that have these columns and no others."""
+    """A panel's rows of data whose marks have these places and no others, without what is for tooltips."""
     found: dict[str, dict[str, Any]] = {}
     for layer in panel["layer"]:
         for row in spec["datasets"][layer["data"]["name"]]:
-            if set(row) == set(columns):
-                found[json.dumps(row, sort_keys=True)] = row
+            if set(row) & PLACES == set(columns):
+                shown = {name: row[name] for name in columns}
+                found[json.dumps(shown, sort_keys=True)] = shown
     return list(found.values())
 
 
