@@ -19,18 +19,19 @@ def test_a_small_run_prints_both_loops_and_writes_all_numbers(
     found = json.loads(out.read_text(encoding="utf-8"))
     assert found["shape"] == [2, 60, 12, 2, 8, 3]
     assert found["unconverged"] == 0
-    assert [loop["name"] for loop in found["loops"]] == ["default", "converged"]
-    assert all(loop["solved"] == 32 and loop["highest"] <= 1e-8 for loop in found["loops"])
-    assert found["loops"][1]["coefficients"] <= 1e-3
+    assert [row["loop"] for row in found["rows"]] == ["default", "converged", "default"]
+    assert all(row["solved"] == 32 and row["highest"] <= 1e-8 for row in found["rows"])
+    assert found["rows"][1]["coefficients"] <= 1e-3
+    assert found["rows"][2]["max_steps"] < found["most_steps"]
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
-    assert len(rows) == 4
+    assert len(rows) == 5
     assert len({row.count("|") for row in rows}) == 1
 
 
 def test_a_sample_of_the_loop_is_scaled_up() -> None:
     data = probe_solver.make_data(3, 60, 12, 2, 2, 0.5)
     result = probe_solver.measure(data, 1, 2, 1e-4)
-    assert [loop.solved for loop in result.loops] == [16, 16]
+    assert [row.solved for row in result.rows] == [16, 16, 16]
     assert result.equal_or_lower
 
 
@@ -38,8 +39,8 @@ def test_a_sample_of_the_loop_is_scaled_up() -> None:
 def test_one_objective_that_is_higher_ends_with_1(monkeypatch: pytest.MonkeyPatch, wrong: float) -> None:
     right = probe_solver.by_solver
 
-    def solve(data: probe_solver.Data, tolerance: float) -> Logistic:
-        found = right(data, tolerance)
+    def solve(data: probe_solver.Data, tolerance: float, max_steps: int = 2000) -> Logistic:
+        found = right(data, tolerance, max_steps)
         weights = found.weights.clone()
         weights[1, 1, 0] += wrong * weights[1, 1, 0].abs().max()
         return replace(found, weights=weights)
