@@ -2,10 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pyarrow as pa
 
+from mechinterp_cli.report.page.comparison import comparison_content
 from mechinterp_cli.report.page.content import PageSource, run_content
 from mechinterp_cli.report.page.prompts import USES
 from mechinterp_cli.report.shapes import Picture
@@ -40,26 +42,46 @@ def run_page(
     # Altair takes half a second to import, which a run without a page need not wait for.
     from mechinterp_cli.report.page.document import document
 
-    # As it will be read from the file, so that the page is the same when it is made again.
-    manifest = Manifest.from_json(manifest.to_json())
-    source = PageSource(manifest, view, tables, (path / "config.yaml").read_text("utf-8", "backslashreplace"))
-    content = run_content(source, view.pictures if pictures is None else pictures)
+    content = _content(path, manifest, view, tables, pictures)
     return document(content["title"], {"runs": [content]})
 
 
+def _content(
+    path: Path,
+    manifest: Manifest,
+    view: View,
+    tables: Mapping[str, pd.DataFrame],
+    pictures: Sequence[tuple[str, Picture]] | None,
+) -> dict[str, Any]:
+    """What the page says of a run; as `run_page`."""
+    # As it will be read from the file, so that the page is the same when it is made again.
+    manifest = Manifest.from_json(manifest.to_json())
+    source = PageSource(manifest, view, tables, (path / "config.yaml").read_text("utf-8", "backslashreplace"))
+    return run_content(source, view.pictures if pictures is None else pictures)
+
+
 def page_of_runs(paths: Sequence[Path]) -> bytes:
-    """The page of finished runs.
+    """The page of finished runs: several are compared with the first.
 
     Args:
-        paths: Run directories.
+        paths: Run directories, one at least.
 
     Raises:
         UserError: One is no run directory, or has nothing to show.
         RunError: A table is damaged.
     """
-    (path,) = paths
-    manifest, view, found = read_view(path)
-    return run_page(path, manifest, view, found | read_tables(path, found))
+    from mechinterp_cli.report.page.document import document
+
+    contents = [_finished(path) for path in paths]
+    if len(contents) == 1:
+        return document(contents[0]["title"], {"runs": contents})
+    title = f"{len(contents)} runs compared"
+    return document(title, {"title": title, "runs": contents, "comparison": comparison_content(paths, contents)})
+
+
+def _finished(path: Path) -> dict[str, Any]:
+    manifest, view, tables = read_view(path)
+    return _content(path, manifest, view, tables | read_tables(path, tables), None)
 
 
 def read_tables(path: Path, known: Mapping[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:

@@ -2,7 +2,6 @@
 
 import base64
 import hashlib
-from collections.abc import Sequence
 from functools import cache
 from html import escape
 from importlib.resources import files
@@ -62,8 +61,3 @@ def _own_script() -> str:
 @cache
 def _asset(name: str) -> str:
     return files(__package__).joinpath("assets", name).read_text(encoding="utf-8")
-
-
-def titles(contents: Sequence[dict[str, Any]]) -> str:
-    """The window's title for some runs."""
-    return " · ".join(content["title"] for content in contents)

@@ -152,7 +152,7 @@ def score_maps(tables: Mapping[str, pd.DataFrame]) -> Iterator[PromptMap]:
     last = checkpoints_of(table).last(table)
     for score in distinct(last, "score"):
         rows = having(last, score=score)
-        layers, heads = (sorted({int(value) for value in trials[name]}) for name in ("layer", "head"))
+        layers, heads = (sorted({int(value) for value in rows[name]}) for name in ("layer", "head"))
         cells = [(layer, head) for layer in range(len(layers)) for head in range(len(heads))]
         at = rows["layer"].map({v: i for i, v in enumerate(layers)}) * len(heads)
         yield PromptMap(

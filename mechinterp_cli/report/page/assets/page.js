@@ -42,9 +42,7 @@ function runElements(run, heading) {
     parts.push(element("section", { class: "figures" }, text("h2", "Figures"), run.figures.map(figureElement)));
   }
   if (run.tables.length) {
-    parts.push(element("section", { class: "results" }, text("h2", "Strongest results"), run.tables.map((table) => [
-      text("h3", table.title), sortableTable(table.title, table.columns, table.rows),
-    ])));
+    parts.push(element("section", { class: "results" }, text("h2", "Strongest results"), run.tables.map(tableElements)));
   }
   if (run.prompts) parts.push(promptBrowser(run.prompts, data.colours));
   parts.push(element("section", { class: "proof" }, text("h2", "Proof"),
@@ -57,6 +55,33 @@ function runElements(run, heading) {
   return parts.filter((part) => part !== null);
 }
 
+function tableElements(table) {
+  return [text("h3", table.title), sortableTable(table.title, table.columns, table.rows)];
+}
+
+// One run beside the first.
+function pairElement(pair) {
+  if (pair.reason) return element("section", {}, text("h2", pair.title), text("p", pair.reason, { class: "faint" }));
+  return element("section", { class: "compared" }, text("h2", pair.title),
+    pair.changes.length ? [text("h3", "What was not the same"), element("ul", {}, pair.changes.map((words) => text("li", words)))]
+      : text("p", "Nothing but the runs themselves differs: the same model, task, method and versions."),
+    tableElements(pair.tables[0]), figureElement(pair.figure), pair.tables.slice(1).map(tableElements));
+}
+
+function comparisonElements() {
+  return [text("h1", data.title), ...tableElements(data.comparison.runs), ...data.comparison.pairs.map(pairElement)];
+}
+
+// A run among others: its sections are made when it is opened.
+function folded(run, at) {
+  const details = element("details", { class: "run" }, element("summary", {}, text("h2", `Run ${at + 1}: ${run.title}`)));
+  details.addEventListener("toggle", () => {
+    if (details.open && details.children.length === 1) details.append(...runElements(run, "h3").slice(1));
+  });
+  return details;
+}
+
 document.body.append(tip);
 setTheme(preferred.matches ? "dark" : "light");
-main.append(...runElements(data.runs[0], "h1"));
+if (data.comparison) main.append(...comparisonElements(), ...data.runs.map(folded));
+else main.append(...runElements(data.runs[0], "h1"));
