@@ -180,6 +180,7 @@ COMMANDS = [
         ["resume"],
         ["reproduce"],
         ["show"],
+        ["report"],
         ["compare"],
         ["runs"],
         ["verify"],

@@ -1,0 +1,223 @@
+"""The report page in a real browser: it opens, asks for nothing, is worked from the keyboard, shows text as text."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from mechinterp_cli.report.page.build import page_of_runs
+from tests.page_runs import ATTACK, attacking_run, reference
+
+sync_api = pytest.importorskip("playwright.sync_api", reason="the development packages are not installed (playwright)")
+CHROMIUM = next(
+    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), ""
+)
+pytestmark = pytest.mark.skipif(not CHROMIUM, reason="no Chromium on this machine: apt-get install chromium")
+FLAGS = (
+    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync",
+)  # fmt: skip
+RUNS = ("patch-induction-toy", "heads-toy", "attribute-toy")
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator["sync_api.Browser"]:
+    with sync_api.sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=CHROMIUM, args=list(FLAGS))
+        yield started
+        started.close()
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("pages")
+    pages = {name: [reference(name)] for name in RUNS}
+    pages["attack"] = [attacking_run(folder)]
+    pages["several"] = [reference(RUNS[0]), pages["attack"][0], reference("heads-toy")]
+    found = {}
+    for name, runs in pages.items():
+        found[name] = folder / f"{name}.html"
+        found[name].write_bytes(page_of_runs(runs))
+    return found
+
+
+class Opened:
+    """A page that is open, and what it wrote to the console and asked for."""
+
+    def __init__(self, page: "sync_api.Page", file: Path) -> None:
+        self.page = page
+        self.said: list[str] = []
+        self.asked: list[str] = []
+        page.on("console", lambda message: self.said.append(message.text))
+        page.on("pageerror", lambda error: self.said.append(str(error)))
+        page.on("request", lambda request: self.asked.append(request.url))
+        page.goto(file.as_uri())
+        self.file = file
+
+    def draw_all(self) -> None:
+        """Scroll through, so that every chart is drawn."""
+        for chart in self.page.query_selector_all("figure .chart"):
+            chart.scroll_into_view_if_needed()
+        self.page.wait_for_function("!document.querySelector('figure .chart:not([data-drawn])')")
+
+    def check_quiet(self) -> None:
+        """Nothing was written to the console, and nothing but the file itself was asked for."""
+        assert self.said == []
+        assert self.asked == [self.file.as_uri()]
+
+
+@pytest.fixture
+def opened(browser: "sync_api.Browser", files: dict[str, Path], request: pytest.FixtureRequest) -> Iterator[Opened]:
+    name, width, scheme = request.param
+    page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    yield Opened(page, files[name])
+    page.close()
+
+
+def on(*pages: tuple[str, int, str]) -> pytest.MarkDecorator:
+    """Run a test on (page, width, colours)."""
+    return pytest.mark.parametrize("opened", pages, indirect=True, ids=["-".join(map(str, page)) for page in pages])
+
+
+@on(*[(name, 1280, "light") for name in (*RUNS, "several")], (RUNS[0], 400, "dark"), ("attribute-toy", 400, "dark"))
+def test_every_page_opens_draws_all_and_asks_for_nothing(opened: Opened) -> None:
+    opened.draw_all()
+    page = opened.page
+    assert page.locator("figure svg, figure canvas").count() >= 1
+    wide = page.evaluate("[document.documentElement.scrollWidth, innerWidth]")
+    assert wide[0] <= wide[1], "the page itself is never scrolled sideways"
+    opened.check_quiet()
+
+
+@on(("attack", 1280, "light"))
+def test_markup_in_texts_is_shown_and_never_runs(opened: Opened) -> None:
+    opened.draw_all()
+    page = opened.page
+    shown = ATTACK.replace(" ", "·")
+    assert page.locator(".tokens span").first.inner_text() == shown
+    assert page.locator("ul.warnings li").inner_text() == ATTACK
+    assert page.locator("h1").inner_text() == ATTACK
+    assert page.locator("pre").last.inner_text() == f"# {ATTACK}\n"
+    assert page.title() == ATTACK
+    assert page.locator("img").count() == 0
+    opened.check_quiet()
+
+
+@on((RUNS[0], 1280, "light"))
+def test_a_cell_that_is_pointed_at_tells_its_numbers(opened: Opened) -> None:
+    opened.draw_all()
+    page = opened.page
+    cells = page.locator("[data-figure^='01-z'] .mark-rect path")
+    cells.last.scroll_into_view_if_needed()
+    cells.last.hover()
+    tip = page.locator("#tip")
+    tip.wait_for(state="visible")
+    told = tip.inner_text()
+    for name in ("head", "layer", "normalised effect", "interval", "adjusted p", "n"):
+        assert name in told.split("\n")
+    page.mouse.move(0, 0)
+    tip.wait_for(state="hidden")
+
+
+@on((RUNS[0], 1280, "light"))
+def test_the_prompt_browser_shows_the_prompt_that_is_chosen(opened: Opened) -> None:
+    page = opened.page
+    first = page.locator("[data-stream='clean'] .tokens").inner_text()
+    assert page.locator("[data-stream='corrupt'] .tokens").inner_text() != first
+    assert page.locator("[data-stream='clean'] .tokens .above").count() > 0
+    page.get_by_label("Prompt", exact=True).select_option(index=2)
+    second = page.locator("[data-stream='clean'] .tokens").inner_text()
+    assert second != first
+    tokens = second.split()
+    page.wait_for_function("document.querySelectorAll('.prompts svg').length === 1")
+    labels = page.locator(".prompts svg .role-axis-label text").all_inner_texts()
+    assert f"0 {tokens[0]}" in labels
+    page.get_by_role("button", name="Previous").click()
+    page.get_by_role("button", name="Previous").click()
+    assert page.locator("[data-stream='clean'] .tokens").inner_text() == first
+    assert page.get_by_role("button", name="Previous").is_disabled()
+    page.get_by_label("Effects of").select_option(label="z (block 1)")
+    page.wait_for_function("document.querySelector('.prompts svg .role-axis-title').textContent === 'head'")
+    opened.check_quiet()
+
+
+@on((RUNS[0], 1280, "light"))
+def test_tables_are_sorted_by_their_heads(opened: Opened) -> None:
+    table = opened.page.locator(".results table")
+    head = table.get_by_role("columnheader", name="effect", exact=True)
+    head.get_by_role("button").click()
+    at = head.evaluate("head => head.cellIndex")
+    column = table.locator(f"tbody td:nth-child({at + 1})")
+    down = [float(cell) for cell in column.all_inner_texts()]
+    assert head.get_attribute("aria-sort") == "descending"
+    assert down == sorted(down, reverse=True)
+    head.get_by_role("button").click()
+    assert [float(cell) for cell in column.all_inner_texts()] == sorted(down)
+    assert head.get_attribute("aria-sort") == "ascending"
+
+
+@on((RUNS[0], 1280, "light"))
+def test_everything_is_reached_and_worked_from_the_keyboard(opened: Opened) -> None:
+    page = opened.page
+    opened.draw_all()
+    page.evaluate("scrollTo(0, 0)")
+    wanted = page.locator(
+        "button:visible:not(:disabled), select:visible, summary:visible, [tabindex='0']:visible"
+    ).count()
+    reached = []
+    for _ in range(wanted + 5):
+        page.keyboard.press("Tab")
+        seen = page.evaluate(
+            "(() => { const e = document.activeElement; const all = [...document.querySelectorAll('*')];"
+            "const style = getComputedStyle(e);"
+            "return [all.indexOf(e), e.tagName, style.outlineStyle, parseFloat(style.outlineWidth)]; })()"
+        )
+        if seen[1] == "BODY" or seen in reached:
+            break
+        reached.append(seen)
+    assert len(reached) == wanted + 1  # and the link that leads past the head
+    assert all(style != "none" and size >= 2 for _, _, style, size in reached)
+    page.locator("#theme").focus()
+    page.keyboard.press("Enter")
+    assert page.evaluate("document.documentElement.dataset.theme") == "dark"
+    page.locator("figure summary").first.focus()
+    page.keyboard.press("Enter")
+    assert page.locator("figure details[open] table").count() >= 1
+    opened.check_quiet()
+
+
+@on((RUNS[0], 1280, "light"), (RUNS[0], 1280, "dark"))
+def test_letters_stand_out_from_what_is_behind_them(opened: Opened) -> None:
+    opened.draw_all()
+    opened.page.wait_for_timeout(100)
+    ratio = """(() => {
+      const light = (colour) => {
+        const [r, g, b] = colour.match(/[0-9.]+/g).map(Number).slice(0, 3).map((v) => v / 255)
+          .map((v) => (v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4));
+        return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+      };
+      const behind = light(getComputedStyle(document.body).backgroundColor);
+      const words = [...document.querySelectorAll("h1, h2, .faint, td, th button, figure svg .role-axis-label text")];
+      return words.map((word) => {
+        const style = getComputedStyle(word);
+        const own = light(word.tagName === "text" ? style.fill : style.color);
+        return (Math.max(own, behind) + 0.05) / (Math.min(own, behind) + 0.05);
+      });
+    })()"""
+    ratios = opened.page.evaluate(ratio)
+    assert len(ratios) > 20
+    assert min(ratios) >= 4.5
+
+
+@on(("several", 1280, "light"))
+def test_several_runs_are_compared_and_each_is_opened(opened: Opened) -> None:
+    page = opened.page
+    opened.draw_all()
+    assert page.locator("[data-figure='scatter'] svg").count() == 1
+    assert "Not compared: " in page.locator("main").inner_text()
+    page.locator("details.run > summary").nth(2).click()
+    page.locator("details.run[open] .answer").wait_for()
+    assert "induction score" in page.locator("details.run[open] .answer").inner_text()
+    opened.draw_all()
+    opened.check_quiet()
