@@ -265,21 +265,7 @@ def _attention(
     if not found:
         return
     numbers = sorted(found)
-    item_of = {number: i for i, number in enumerate(numbers)}
-    reads = [list[int]() for _ in blocks]
-    for _, target, block in places:
-        reads[block].append(target - int(slots.q[0]))
-    rows = base.layers.front(layer, side.entering[layer] + blocks, reads)
-    call = side.calls[layer]
-    heads = []
-    for x, own, new in zip((call.q, call.k, call.v), (slots.q, slots.k, slots.v), rows, strict=True):
-        anchor = x[:, :, base.layers.start :].transpose(1, 2)
-        whole = anchor.expand(len(numbers), *anchor.shape).clone()
-        at = [(item_of[n], t - own[0], b) for n, t, b in places if n in found and own[0] <= t <= own[-1]]
-        if at:
-            item, head, block = (torch.tensor(index, device=x.device) for index in zip(*at, strict=True))
-            whole[item, :, :, head] = new[block, :, :, head]
-        heads.append(whole)
+    heads = _projected(base, layer, slots, numbers, blocks, places)
     z, before = base.layers.attend(layer, side, *heads), side.z[layer]
     check_finite(z, layer, "a patched pass")
     before = base.layers.scaled(layer, before, side.scale[layer])
@@ -292,6 +278,34 @@ def _attention(
             added = ((z[own, :, :, head] - before[:, :, head]) @ writes[head]).flatten(1, 2)
             for difference, i in zip(added, own, strict=True):
                 _add(base, passes[numbers[i]], source, difference)
+
+
+def _projected(
+    base: Base,
+    layer: int,
+    slots: LayerSlots,
+    numbers: Sequence[int],
+    blocks: Float[Tensor, "blocks prompts positions d_model"],
+    places: Sequence[tuple[int, int, int]],
+) -> list[Float[Tensor, "passes prompts positions heads d"]]:
+    """q, k and v of some passes: of each target its own block's, and the anchor's of all others."""
+    side, item_of = base.anchor, {number: i for i, number in enumerate(numbers)}
+    reads = [list[int]() for _ in blocks]
+    for _, target, block in places:
+        reads[block].append(target - int(slots.q[0]))
+    order = sorted(range(len(reads)), key=reads.__getitem__)  # blocks that are read alike are projected together
+    rank = {block: i for i, block in enumerate(order)}
+    rows = base.layers.front(layer, side.entering[layer] + blocks[order], [reads[block] for block in order])
+    found, call = list[Tensor](), side.calls[layer]
+    for x, own, new in zip((call.q, call.k, call.v), (slots.q, slots.k, slots.v), rows, strict=True):
+        anchor = x[:, :, base.layers.start :].transpose(1, 2)
+        whole = anchor.expand(len(numbers), *anchor.shape).clone()
+        at = [(item_of[n], t - own[0], rank[b]) for n, t, b in places if n in item_of and own[0] <= t <= own[-1]]
+        if at:
+            item, head, block = (torch.tensor(index, device=x.device) for index in zip(*at, strict=True))
+            whole[item, :, :, head] = new[block, :, :, head]
+        found.append(whole)
+    return found
 
 
 def _mlp(
