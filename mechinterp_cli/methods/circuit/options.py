@@ -79,9 +79,9 @@ class CircuitSet(BaseConfig):
     @model_validator(mode="after")
     def _holds_something(self) -> "CircuitSet":
         if not (self.heads or self.mlps or self.edges or self.file):
-            raise ValueError("an empty circuit; allowed: heads, mlps, edges or a file")
+            raise ValueError("a circuit that is not empty: heads, mlps, edges or a file")
         if self.edges and (self.heads or self.mlps):
-            raise ValueError("edges beside heads or mlps; allowed: one of them, as nodes mean all edges among them")
+            raise ValueError("edges, or heads and mlps (all edges among them), but not both")
         return self
 
 
