@@ -161,3 +161,20 @@ def test_what_cannot_be_is_refused_with_the_key(
         run_method(tmp_path, "probe", section, task=task)
     assert text in caught.value.cause
     assert caught.value.remedy
+
+
+def test_predictions_and_the_end_of_the_learning_curve_are_the_scores(readable: dict[str, Any], tmp_path: Path) -> None:
+    sites = [{"kind": "resid_post", "layers": [0]}]
+    run = probe(
+        tmp_path, readable, sites=sites, baselines=[], learning_curve=True, penalties=[0.1, 1.0], permutations=19
+    )
+    rows, said, curve = whole(run), run.table("predictions"), run.table("learning")
+    (score,) = rows[rows["target"] == "label"]["score"]
+    (p,) = rows[rows["target"] == "label"]["p"]
+    assert p == 1 / 20
+    right = said["class"] == said["predicted_class"]
+    assert (len(said), float(right.mean())) == (60, pytest.approx(score))
+    assert ((said["probability"] > 0.5) == right).all()
+    assert curve["n_train"].tolist() == [8, 16, 32, 45]
+    assert curve["score"].iloc[-1] == pytest.approx(score)
+    assert curve["score"].iloc[0] < score
