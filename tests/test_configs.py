@@ -117,8 +117,9 @@ def check_files(
         name.replace(".parquet", ".csv") for name in tables if name.removesuffix(".parquet") not in PARQUET_ONLY
     }
     written = {"config.yaml", "config.resolved.yaml", "log.jsonl", "report.html"} | tables | readable | others
-    assert files - pictures == written | {"manifest.json"}
-    assert set(manifest.outputs) == written | pictures
+    circuits = {name for name in files if name.startswith("circuits/")}
+    assert files - pictures - circuits == written | {"manifest.json"}
+    assert set(manifest.outputs) == written | pictures | circuits
     assert all(file_info(folder / name, info.rows) == info for name, info in manifest.outputs.items())
     drawn = {name for name in pictures if not name.endswith(".html")}
     assert (len(drawn), len(pictures - drawn)) == (pictures_expected, pages)
@@ -320,6 +321,35 @@ def test_the_configs_of_probe_leave_whole_run_directories(
     assert {table for table in tables | {"probes", "labels"} if f"`{table}" not in readme} == set()
 
 
+CIRCUIT = {"edges", "members", "faithfulness", "evaluations", "quality"}
+
+
+def test_the_planted_config_of_circuit_leaves_a_whole_run_directory(tmp_path: Path, run: Main) -> None:
+    source = ROOT / "configs" / "circuit-planted.yaml"
+    few = ["task.n=8", "circuit.random.draws=2", "circuit.tests.inflated=3", "circuit.stability.draws=5"]
+    folder = run_config(run, source, tmp_path / "runs", *[part for item in few for part in ("--set", item)])
+    tables = CIRCUIT | {"summary", "baselines", "stability", "tests", "minimality", "completeness"}
+    # Graphs of four rankings, two thresholds and the reference; the curves; edges taken out.
+    check_files(folder, source, 4 + 2 + 1 + 1 + 1, {f"{table}.parquet" for table in tables | {"prompts"}})
+    readme = (ROOT / "README.md").read_text()
+    assert {table for table in tables if f"`{table}" not in readme} == set()
+    assert len(list((folder / "circuits").iterdir())) > 0
+
+
+@pytest.mark.usefixtures("fetched")
+@pytest.mark.parametrize(("name", "scores"), [("circuit-ioi", 3), ("circuit-greater-than", 2)])
+def test_the_configs_of_circuit_on_the_real_model_run(tmp_path: Path, run: Main, name: str, scores: int) -> None:
+    source = ROOT / "configs" / f"{name}.yaml"
+    few = ["task.n=4", "circuit.sizes=[0.005, 0.1]", "circuit.random.draws=0", "circuit.stability.draws=2"]
+    arguments = [*few, "circuit.steps=1", "output.rows=summary"]
+    folder = run_config(run, source, tmp_path / "runs", *[part for item in arguments for part in ("--set", item)])
+    tables = CIRCUIT - {"edges", "evaluations"} | {"summary", "baselines", "stability", "prompts"}
+    # A ranking that has no edge at the smaller size is drawn at the larger one, if it has any there.
+    drawn = len([path for path in (folder / "figures").iterdir() if path.name.startswith("graph")])
+    assert scores - 1 <= drawn <= scores
+    check_files(folder, source, drawn + 1, {f"{table}.parquet" for table in tables})
+
+
 def test_every_config_is_run_here_and_listed_in_the_readme() -> None:
     readme = (ROOT / "README.md").read_text()
     assert {path.stem for path in CONFIGS} == {
@@ -327,6 +357,7 @@ def test_every_config_is_run_here_and_listed_in_the_readme() -> None:
         "ablate-text", "ablate-toy",
         "attribute-direct", "attribute-estimators", "attribute-ioi", "attribute-lens", "attribute-relp",
         "attribute-tokens", "attribute-tokens-corrupt", "attribute-toy",
+        "circuit-greater-than", "circuit-ioi", "circuit-planted",
         "heads-ioi", "heads-smollm2", "heads-toy",
         "probe-number", "probe-toy", "probe-truth",
         "patch-facts-tracing", "patch-induction-toy", "patch-ioi", "patch-ioi-heads",

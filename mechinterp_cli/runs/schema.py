@@ -148,7 +148,9 @@ _KEYS: dict[str, tuple[str, ...]] = {
     "results": ("checkpoint", "trial", "prompt", "metric", "draw"),
     "summary": ("checkpoint", "trial", "metric", "group", "aggregate"),
 }
-PARQUET_ONLY = frozenset({"trials", "baselines", "prompts", "patterns", "words", "predictions"})
+PARQUET_ONLY = frozenset(
+    {"trials", "baselines", "prompts", "patterns", "words", "predictions", "edges", "members", "evaluations"}
+)
 """Tables that are never written as CSV: for looking things up, not for reading."""
 
 _extensions: dict[tuple[str, str], list[pa.Field]] = {}
