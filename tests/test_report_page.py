@@ -21,6 +21,7 @@ from mechinterp_cli.report.page.content import MAX_ROWS, PageSource, run_content
 from mechinterp_cli.report.page.document import document
 from mechinterp_cli.report.page.pack import inert, packed, row_count
 from mechinterp_cli.report.patch import patch_view
+from mechinterp_cli.report.view import read_view
 from mechinterp_cli.runs.manifest import Manifest
 from tests.page_runs import ATTACK, attacking_run, data_of, reference
 
@@ -129,6 +130,13 @@ def test_how_to_repeat_it_proof_warnings_and_config_are_told(told: dict[str, Any
     assert told["warnings"] == manifest.warnings
     assert "agrees with plain hooks" in told["proof"][0]
     assert dict(told["surroundings"])["config sha256"] == manifest.config_sha256
+
+
+def test_the_picture_of_the_page_is_a_pdf_too() -> None:
+    _, view, _ = read_view(PATCH)
+    _, picture = view.pictures[0]
+    assert picture.drawn_as("pdf").startswith(b"%PDF-1.7")
+    assert picture.drawn_as("svg").startswith(b"<svg")
 
 
 @pytest.mark.parametrize("name", ["heads-toy", "attribute-toy"])

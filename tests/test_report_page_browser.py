@@ -43,13 +43,13 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 class Opened:
-    """A page that is open, and what it wrote to the console and asked for."""
+    """A page that is open, the errors it wrote to the console, and what it asked for."""
 
     def __init__(self, page: "sync_api.Page", file: Path) -> None:
         self.page = page
         self.said: list[str] = []
         self.asked: list[str] = []
-        page.on("console", lambda message: self.said.append(message.text))
+        page.on("console", lambda message: self.said.append(message.text) if message.type == "error" else None)
         page.on("pageerror", lambda error: self.said.append(str(error)))
         page.on("request", lambda request: self.asked.append(request.url))
         page.goto(file.as_uri())
@@ -62,7 +62,7 @@ class Opened:
         self.page.wait_for_function("!document.querySelector('figure .chart:not([data-drawn])')")
 
     def check_quiet(self) -> None:
-        """Nothing was written to the console, and nothing but the file itself was asked for."""
+        """There was no error, and nothing but the file itself was asked for."""
         assert self.said == []
         assert self.asked == [self.file.as_uri()]
 
@@ -108,7 +108,7 @@ def test_markup_in_texts_is_shown_and_never_runs(opened: Opened) -> None:
 def test_a_cell_that_is_pointed_at_tells_its_numbers(opened: Opened) -> None:
     opened.draw_all()
     page = opened.page
-    cells = page.locator("[data-figure^='01-z'] .mark-rect path")
+    cells = page.locator("[data-figure^='01-z'] .mark-rect.role-mark path")
     cells.last.scroll_into_view_if_needed()
     cells.last.hover()
     tip = page.locator("#tip")

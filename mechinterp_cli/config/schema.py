@@ -119,7 +119,7 @@ class OutputOptions(BaseConfig):
     """Formats of results and summary. Parquet keeps every type; `auto` adds CSV up to a million rows."""
     rows: Literal["all", "summary", "top"] = "all"
     """Every observation, none of them, or those of the strongest trials."""
-    figures: Annotated[tuple[Literal["png", "svg", "html"], ...], AfterValidator(unique)] = ("png", "html")
+    figures: Annotated[tuple[Literal["png", "svg", "pdf", "html"], ...], AfterValidator(unique)] = ("png", "html")
     """Formats of the pictures; `[]` draws none. `html` is `report.html`: all of them on one page, to be pointed at."""
     top: Count = 10
     """How many of the strongest trials are listed, and kept under `rows: top`."""

@@ -236,7 +236,7 @@ def _draw(run: RunRecorder, view: View, tables: Mapping[str, pd.DataFrame], outp
     for name, picture in pictures:
         for form in output.figures:
             if form != "html":
-                run.write_file(f"figures/{name}.{form}", picture.png() if form == "png" else picture.svg())
+                run.write_file(f"figures/{name}.{form}", picture.drawn_as(form))
     for name, page in view.pages if output.figures else ():
         run.write_file(f"figures/{name}.html", page.encode("utf-8", "backslashreplace"))
     if "html" in output.figures:  # last: warnings that come before are told in it

@@ -61,6 +61,19 @@ class Drawing:
         drawn: str = vl_convert.vegalite_to_svg(self._spec, vl_version=VERSION)
         return drawn.encode("utf-8", "backslashreplace")
 
+    def pdf(self) -> bytes:
+        """The picture as PDF, letters as letters; its fonts stand in an order that varies, so its bytes do."""
+        drawn: bytes = vl_convert.vegalite_to_pdf(self._spec, vl_version=VERSION)
+        return drawn
+
+    def drawn_as(self, form: str) -> bytes:
+        """The picture as a file.
+
+        Args:
+            form: `png`, `svg` or `pdf`.
+        """
+        return {"png": self.png, "svg": self.svg, "pdf": self.pdf}[form]()
+
 
 def head_lines(title: str, lines: Sequence[str], room: float) -> alt.TitleParams:
     """A picture's title and what stands below it, broken to the picture's width.

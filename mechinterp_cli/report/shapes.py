@@ -21,6 +21,9 @@ class Picture(Protocol):
     def svg(self) -> bytes:
         """The picture as SVG, UTF-8."""
 
+    def drawn_as(self, form: str) -> bytes:
+        """The picture as a file: `png`, `svg` or `pdf`."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Curve:

@@ -63,8 +63,13 @@ function themed(spec) {
   };
   // The title stands in the page itself, where it can be selected and wraps.
   const { title, ...rest } = spec;
-  const shown = isDark() ? JSON.parse(JSON.stringify(rest).replaceAll('"#000000"', '"#eceef1"')) : rest;
-  return { ...shown, config };
+  return { ...(isDark() ? forDark(rest) : rest), config };
+}
+
+// Black lines and letters become light ones; the black of cells that are NaN stays.
+function forDark(spec) {
+  const words = JSON.stringify(spec).replaceAll('"#444444"', '"#a9b0ba"');
+  return JSON.parse(words.includes('"NaN"') ? words : words.replaceAll('"#000000"', '"#eceef1"'));
 }
 
 async function draw(holder, spec, datasets, label) {
@@ -108,9 +113,16 @@ function chart(figure) {
   return holder;
 }
 
+// Lines that were broken to the picture's width are joined again: those that fill it go on in the next.
 function subtitles(spec) {
-  const below = spec.title?.subtitle ?? [];
-  return (Array.isArray(below) ? below : [below]).map((words) => text("div", words));
+  const below = [spec.title?.subtitle ?? []].flat();
+  const full = 0.8 * Math.max(0, ...below.map((words) => words.length));
+  const joined = [];
+  below.forEach((words, at) => {
+    if (at && below[at - 1].length >= full) joined[joined.length - 1] += ` ${words}`;
+    else joined.push(words);
+  });
+  return joined.map((words) => text("div", words));
 }
 
 function figureElement(figure) {

@@ -64,7 +64,7 @@ function pairElement(pair) {
   if (pair.reason) return element("section", {}, text("h2", pair.title), text("p", pair.reason, { class: "faint" }));
   return element("section", { class: "compared" }, text("h2", pair.title),
     pair.changes.length ? [text("h3", "What was not the same"), element("ul", {}, pair.changes.map((words) => text("li", words)))]
-      : text("p", "Nothing but the runs themselves differs: the same model, task, method and versions."),
+      : text("p", "Model, task, method and versions are the same."),
     tableElements(pair.tables[0]), figureElement(pair.figure), pair.tables.slice(1).map(tableElements));
 }
 

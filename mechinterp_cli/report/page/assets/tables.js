@@ -1,5 +1,6 @@
 // Tables that are sorted by the buttons in their heads.
 const PAGE_ROWS = 25;
+const LONG = 44; // letters: longer cells are broken into lines
 
 function compareCells(a, b) {
   if (a === null || b === null) return (a === null) - (b === null);
@@ -13,7 +14,7 @@ function sortableTable(title, columns, rows) {
   let order = rows, shown = PAGE_ROWS;
   const fill = () => {
     body.replaceChildren(...order.slice(0, shown).map((row) => element("tr", {}, row.map((cell, at) =>
-      text("td", written(cell), numeric[at] ? { class: "number" } : {})))));
+      text("td", written(cell), { class: numeric[at] ? "number" : String(cell).length > LONG ? "long" : "" })))));
     more.hidden = order.length <= shown;
     more.textContent = `Show all ${order.length} rows`;
   };
