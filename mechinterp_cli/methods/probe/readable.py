@@ -34,14 +34,14 @@ class Scores:
     def of(self, readout: Readout) -> Readability:
         """Of one place: score, p where there is one, the best baseline, and the 90 % interval of the difference.
 
-        The interval is over groups of samples. Baselines are compared with sample by sample, the majority class as a
-        constant.
+        p is adjusted for all places and probes of the run. The interval is over groups of samples. Baselines are
+        compared with sample by sample, the majority class as a constant.
 
         Args:
             readout: The place.
         """
         row, best = self._own[readout.reading.label], self._best(readout)
-        score, p = float(row["score"]), row.get("p")
+        score, p = float(row["score"]), row.get("p_adjusted")
         if best is None:
             return Readability(score, p)
         correct = self._correct(readout, self.name, None)
