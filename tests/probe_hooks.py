@@ -51,3 +51,18 @@ class Model:
         moved = after - before
         at = torch.arange(len(moved))
         return moved[at, self.answer] - moved[at, self.wrong]
+
+
+def erased(u: Tensor, mean: Tensor) -> Callable[[Tensor], Tensor]:
+    """The component along a direction of length 1 at its mean."""
+    return lambda x: x - ((x - mean) @ u)[:, None] * u
+
+
+def swapped(onto: Tensor, other: Tensor) -> Callable[[Tensor], Tensor]:
+    """What a projection leaves of other activations instead of the own."""
+    return lambda x: x + (other - x) @ onto
+
+
+def moved(along: Tensor) -> Callable[[Tensor], Tensor]:
+    """Something added."""
+    return lambda x: x + along

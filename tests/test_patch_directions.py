@@ -12,7 +12,7 @@ from torch import Tensor
 from mechinterp_cli.errors import UserError
 from tests.experiments import Run, run_patch
 from tests.probe_folder import USED, planted_folder, planted_task
-from tests.probe_hooks import Model
+from tests.probe_hooks import Model, swapped
 
 TOLERANCE = 1e-4
 D = 32
@@ -52,9 +52,7 @@ def test_only_what_lies_along_the_directions_is_put_in_place(patch: Patch, folde
         onto = torch.linalg.pinv(own) @ own
         clean, twin = hand.seen(layer, hand.clean), hand.seen(layer, hand.corrupt)
         other = twin if direction == "noise" else clean
-        wanted = hand.effect(
-            layer, lambda x, onto=onto, other=other: x + (other - x) @ onto, corrupt=direction == "denoise"
-        )
+        wanted = hand.effect(layer, swapped(onto, other), corrupt=direction == "denoise")
         found = torch.tensor(effects.loc[layer].to_numpy(dtype=float)).float()
         torch.testing.assert_close(found, wanted, atol=TOLERANCE, rtol=0)
         assert float(found.abs().max()) > 0.1

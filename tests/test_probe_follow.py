@@ -27,7 +27,7 @@ from mechinterp_cli.tasks.prompts import PromptSet
 from tests.experiments import Run, config_of, run_method
 from tests.probe_cases import planted_prompts
 from tests.probe_folder import UNUSED, USED, planted_folder, planted_task
-from tests.probe_hooks import Model
+from tests.probe_hooks import Model, erased, moved, swapped
 
 TOLERANCE = 1e-4
 QUICKLY: dict[str, Any] = {
@@ -103,20 +103,21 @@ def test_effects_are_those_of_plain_hooks_and_directions_those_of_scikit_learn(
         fitted, u = x[split["fitted"]], saved[f"resid_post.{layer}"][0]
         assert float(u @ by_scikit_learn(run, layer, fitted)) == pytest.approx(1, abs=1e-5)
         mean, spread = fitted.mean(0), float((fitted @ u).std(correction=0))
-        erased = hand.effect(layer, lambda x, u=u, mean=mean: x - ((x - mean) @ u)[:, None] * u)
-        into_clean = hand.effect(layer, lambda x, u=u, other=twin: x + ((other - x) @ u)[:, None] * u)
-        into_corrupt = hand.effect(layer, lambda y, u=u, x=x: y + ((x - y) @ u)[:, None] * u, corrupt=True)
-        wanted = {("erase", None, "clean"): erased, ("swap", None, "clean"): into_clean}
-        wanted[("swap", None, "corrupt")] = into_corrupt
+        onto = torch.outer(u, u)
+        wanted: dict[tuple[str, float | None, str], Tensor] = {
+            ("erase", None, "clean"): hand.effect(layer, erased(u, mean)),
+            ("swap", None, "clean"): hand.effect(layer, swapped(onto, twin)),
+            ("swap", None, "corrupt"): hand.effect(layer, swapped(onto, x), corrupt=True),
+        }
         for strength in (-2.0, 0.0, 4.0):
-            wanted[("steer", strength, "clean")] = hand.effect(layer, lambda x, u=u, s=strength * spread: x + s * u)
-        for (name, strength, stream), effect in wanted.items():
+            wanted["steer", strength, "clean"] = hand.effect(layer, moved(strength * spread * u))
+        for (name, size, stream), effect in wanted.items():
             mine = own[(own["intervention"] == name) & (own["layer"] == layer) & (own["stream"] == stream)]
-            mine = mine if strength is None else mine[mine["strength"] == strength]
+            mine = mine if size is None else mine[mine["strength"] == size]
             assert mine["prompt"].tolist() == split["measured"]
             found = torch.tensor(mine["effect"].tolist())
             torch.testing.assert_close(found, effect[split["measured"]], atol=TOLERANCE, rtol=0)
-            assert float(found.abs().max()) > 1 or strength == 0
+            assert float(found.abs().max()) > 1 or size == 0
     assert (own[own["strength"] == 0]["effect"].abs() < 1e-6).all()
 
 
@@ -253,7 +254,7 @@ def test_ablate_takes_the_directions_as_they_are(follow: Callable[..., Run], fol
     hand, effects = Model(folder, run), run.values("logit_diff", "effect")
     for trial, layer in enumerate((0, 1)):
         u = load_file(file)[f"resid_post.{layer}"][0]
-        wanted = hand.effect(layer, lambda x, u=u: x - (x @ u)[:, None] * u)
+        wanted = hand.effect(layer, erased(u, torch.zeros(len(u))))
         found = torch.tensor(effects.loc[trial].to_numpy(dtype=np.float64)).float()
         torch.testing.assert_close(found, wanted, atol=TOLERANCE, rtol=0)
         assert float(found.mean()) < -5

@@ -133,6 +133,15 @@ def test_options_of_the_wrong_type_are_refused(options: dict[str, object]) -> No
         PromptsOptions.model_validate({"prompts": [ROW], **options})
 
 
+def test_labels_are_classes_or_numbers() -> None:
+    named = inline({**ROW, "label": "yes"}, {**ROW, "label": "no"})
+    assert [prompt.label for prompt in named.prompts] == ["yes", "no"]
+    assert inline({**ROW, "label": 2}).prompts[0].label == 2.0
+    assert inline(ROW).prompts[0].label is None
+    text = message({**ROW, "label": "yes"}, {**ROW, "label": 1})
+    assert "task.prompts[0]: label 'yes' is a class, and 1.0 of task.prompts[1] is a number" in text
+
+
 def test_repeated_prompts_are_left_out_and_counted() -> None:
     prompts = inline(ROW, {**ROW, "answer": " Tom"}, ROW)
     assert len(prompts.prompts) == 2
