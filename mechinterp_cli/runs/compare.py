@@ -5,7 +5,8 @@ what stands for all prompts, under the main aggregate: the ratio of means, or th
 methods whose runs another table stands for (`heads`: the scores), that table's values.
 
 Estimates (`attribute`) are joined by their estimator too; a run that measures (`patch`) is set beside every estimator
-of one that estimates, by size where an estimator tells no sign.
+of one that estimates, by size where an estimator tells no sign. A run of `circuit` stands there by its nodes, whose
+estimates are the sums over the edges that leave them; units of `ablate` are set beside sites (a head beside `z`).
 
 Trivial rows (0 in both, because causality says so) are counted and nothing more: hundreds of exact zeros on top of
 each other would make any two sweeps look alike. So they are in no mean, correlation, overlap or sign share.
@@ -25,7 +26,7 @@ from mechinterp_cli.errors import DifferenceError, UserError
 from mechinterp_cli.runs.atomic import write_bytes
 from mechinterp_cli.runs.directory import check_writable
 from mechinterp_cli.runs.estimators import ESTIMATOR, beside_each, signed
-from mechinterp_cli.runs.sides import NEEDED, Side
+from mechinterp_cli.runs.sides import NEEDED, Side, by_sites
 from mechinterp_cli.runs.tables import write_csv, write_parquet
 from mechinterp_cli.stats.agreement import agree
 
@@ -126,6 +127,7 @@ def compare(a: Side, b: Side, options: CompareOptions | None = None) -> Comparis
             alone.
     """
     options = options or CompareOptions()
+    a, b = by_sites(a, b)
     left, right = beside_each(*(_of_metrics(side, (a, b), options.metrics) for side in (a, b)))
     keys = _unique_keys((a, left), (b, right))
     joined = left.merge(right, on=keys, how="outer", suffixes=("_a", "_b"), indicator="found")

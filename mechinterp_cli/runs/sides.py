@@ -1,7 +1,7 @@
 """The two sides of a comparison: finished runs, and how the conditions differ under which they were made."""
 
 from collections.abc import Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ from mechinterp_cli.stats.summary import ALL_GROUPS
 
 NEEDED = ("trial", "label", "group", "aggregate", "value", "effect", "normalized", "status", "metric", "site")
 """Columns that every summary has, and that every other table is given."""
+SITES = {"head": "z", "attention": "attn_out", "mlp": "mlp_out"}
+"""Units of `ablate` as the sites of other methods."""
 REMEDIES = {
     "running": "Wait until it is complete.",
     "interrupted": "`mechinterp resume` finishes it.",
@@ -69,6 +71,29 @@ def read_side(path: Path) -> Side:
     if missing:
         raise RunError(f"{file}: columns missing: {', '.join(missing)}", "`mechinterp verify` checks a run.")
     return Side(path, manifest, main_rows(frame) if standing is None else _standing_rows(frame, standing))
+
+
+def by_sites(a: Side, b: Side) -> tuple[Side, Side]:
+    """Both sides in the words of sites, where one is a run of `ablate`, which names units, and the other is not.
+
+    Args:
+        a: The first.
+        b: The second.
+    """
+    ablated = [side.manifest.subcommand == "ablate" for side in (a, b)]
+    if ablated[0] == ablated[1]:
+        return a, b
+    return (_sited(a) if ablated[0] else a), (_sited(b) if ablated[1] else b)
+
+
+def _sited(side: Side) -> Side:
+    """Units called by their sites; a query head's key/value head is no part of its place there."""
+    rows = side.rows.copy()
+    units = rows["site"].isin(list(SITES)).fillna(False).to_numpy(dtype=bool)
+    rows["site"] = rows["site"].map(lambda name: SITES.get(name, name)).astype(rows["site"].dtype)
+    if "kv_head" in rows:
+        rows["kv_head"] = rows["kv_head"].mask(units & rows["head"].notna().to_numpy(dtype=bool))
+    return replace(side, rows=rows)
 
 
 def differing(a: Side, b: Side) -> list[str]:
