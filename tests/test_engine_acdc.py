@@ -30,7 +30,8 @@ class Divergence:
 
     def measure(self, logits: Tensor, prompt: Tensor, _read: Tensor) -> Tensor:
         whole = self.whole[prompt]
-        return (whole.exp() * (whole - logits.log_softmax(-1))).sum(-1, keepdim=True)
+        divergence: Tensor = (whole.exp() * (whole - logits.log_softmax(-1))).sum(-1, keepdim=True)
+        return divergence
 
     def __call__(self, circuits: Sequence[Bools]) -> npt.NDArray[np.float64]:
         self.asked.append(len(circuits))

@@ -170,7 +170,7 @@ def test_the_reverse_base_swaps_the_streams() -> None:
     model, anatomy, graph = wiring.model, wiring.anatomy, wiring.graph
     masks = random_masks(graph, 0.3)
     given = (model, anatomy, graph, pairs.own, pairs.other, masks, logits_of)
-    forth, back = (run_circuits(*given, base=base) for base in ("clean", "corrupt"))  # type: ignore[arg-type]
+    forth, back = (run_circuits(*given, base=base) for base in ("clean", "corrupt"))
     plain = PlainEdges("llama", graph, model)
     for got, (own, other) in ((forth, (pairs.own, pairs.other)), (back, (pairs.other, pairs.own))):
         assert far(got[0], plain.run(own, other, masks[0])[:, -1], native(wiring, own)) <= 1e-5
@@ -281,7 +281,7 @@ def test_columns_that_do_not_give_a_layers_own_numbers_are_not_used(monkeypatch:
     wiring, pairs = wiring_of("qwen3"), pairs_of()
     dependence = edge_columns._dependence
 
-    def short(*given: Any) -> dict[torch.nn.Linear, Bools]:
+    def short(*given: Any) -> dict[edge_columns.Projection, Bools]:
         found = dependence(*given)
         for needed in found.values():
             needed[0] = False

@@ -63,13 +63,13 @@ def test_the_planted_circuit_composes_by_keys_and_nothing_else() -> None:
     own, other = torch.tensor([[5, 9, 14, 21, 30, 40, 9]]), torch.tensor([[5, 7, 14, 21, 30, 40, 9]])
     pairs = Pairs.of(own, other)
     previous = (Source("head", 0, 1),)
-    ends = [(Target(kind, 1, 2),) for kind in ("q", "k", "v")] + [(Target("logits", 2),)]  # type: ignore[arg-type]
+    ends = [(Target(kind, 1, 2),) for kind in ("q", "k", "v")] + [(Target("logits", 2),)]
     got = patch_paths(EdgePatching(wiring, pairs), [Path(previous, end) for end in ends], logits_of)[..., 14]
     base = native(wiring, pairs.own)[:, 14]
     assert float(base) > 11
     assert float(got[1]) < 2.1, "without the note of the token before, attention is spread over six keys"
-    for other in (0, 2, 3):
-        torch.testing.assert_close(got[other], base, rtol=0, atol=1e-3)
+    for number in (0, 2, 3):
+        torch.testing.assert_close(got[number], base, rtol=0, atol=1e-3)
 
 
 def test_what_is_no_path_is_refused() -> None:

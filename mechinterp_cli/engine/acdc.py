@@ -97,7 +97,7 @@ class _Search:
 
     def _some(self, edges: Sequence[int]) -> int:
         """Decide about as many of some edges as one batch of runs can tell; how many that are."""
-        circuits = []
+        circuits = list[Bools]()
         for number, edge in enumerate(edges):
             circuit = (circuits[-1] if number and self._goes else self.kept).copy()
             circuit[edge] = False

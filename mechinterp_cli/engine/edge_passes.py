@@ -302,8 +302,8 @@ def _projected(
         whole = anchor.expand(len(numbers), *anchor.shape).clone()
         at = [(item_of[n], t - own[0], rank[b]) for n, t, b in places if n in item_of and own[0] <= t <= own[-1]]
         if at:
-            item, head, block = (torch.tensor(index, device=x.device) for index in zip(*at, strict=True))
-            whole[item, :, :, head] = new[block, :, :, head]
+            items, own_heads, own_blocks = (torch.tensor(index, device=x.device) for index in zip(*at, strict=True))
+            whole[items, :, :, own_heads] = new[own_blocks, :, :, own_heads]
         found.append(whole)
     return found
 

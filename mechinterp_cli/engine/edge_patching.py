@@ -170,7 +170,8 @@ class EdgePatching:
         """Largest error of logits of the first prompt, everything kept and nothing kept, each from the far stream."""
         part = Part(self, 0, Pairs.of(self.pairs.own[:1], self.pairs.other[:1]))
         everything = np.ones(self.graph.n_edges, dtype=np.bool_)
-        states = [next(part.states([kept], anchor)) for kept, anchor in ((everything, "other"), (~everything, "own"))]
+        far: tuple[tuple[Bools, Anchor], ...] = ((everything, "other"), (~everything, "own"))
+        states = [next(part.states([kept], anchor)) for kept, anchor in far]
         got = part.layers.walker.unembed(torch.cat([one[0] for one in states])).float()
         tokens = torch.cat([self.pairs.own[:1], self.pairs.other[:1]]).to(got.device)
         native = forward(self.wiring.model, tokens)[:, -1].float()

@@ -177,7 +177,7 @@ class Slots:
             routing: What edges carry.
             wanted: The targets.
         """
-        live = routing.live.any(0)
+        live: Bools = np.asarray(routing.live.any(0))
         pinned = np.zeros(live.shape[0], dtype=np.bool_)
         pinned[list(routing.pinned)] = True
         live[pinned] = False
@@ -207,7 +207,7 @@ class Slots:
         """Targets and sources that the wanted targets depend on, from the end to the beginning."""
         targets = np.zeros(live.shape[0], dtype=np.bool_)
         targets[list(wanted)] = True
-        sources = live[targets].any(0)
+        sources: Bools = np.asarray(live[targets].any(0))
         for layer in reversed(self.layers):
             if layer.mlp is not None and sources[layer.mlp]:
                 targets[layer.mlp_input] = True
@@ -221,7 +221,7 @@ class Slots:
 
 
 def _layer_slots(graph: Graph, layer: int, joint: bool) -> LayerSlots:
-    def places(parts: Sequence[Source] | Sequence[Target], kind: str) -> Integers:
+    def places(parts: Sequence[Source | Target], kind: str) -> Integers:
         found = [i for i, part in enumerate(parts) if part.kind == kind and part.layer == layer]
         return np.array(found, dtype=np.int64)
 

@@ -5,6 +5,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
@@ -145,20 +146,19 @@ def expand_paths(loaded: LoadedConfig, blocks: Sequence[Any], anatomy: Anatomy, 
 
 
 def _paths(loaded: LoadedConfig, key: KeyPath, options: PathOptions, anatomy: Anatomy) -> list[Path]:
-    graph = _found(loaded, key, lambda: Graph.of(anatomy))
+    graph = _found(loaded, key, partial(Graph.of, anatomy))
     receivers = list[Target]()
     for place, name in enumerate(options.receivers):
-        where = (*key, "receivers", place)
-        receivers += [t for t in _found(loaded, where, lambda name=name: _receivers(graph, name)) if t not in receivers]
+        where: KeyPath = (*key, "receivers", place)
+        receivers += [t for t in _found(loaded, where, partial(_receivers, graph, name)) if t not in receivers]
     paths = list[Path]()
     for place, senders in enumerate(_senders(loaded, key, options, graph)):
         path = Path(senders, tuple(receivers), options.rest)
         swept = isinstance(options.senders, str)
         if swept and not _reaches(graph, path):
             continue
-        _found(
-            loaded, (*key, "senders") if swept else (*key, "senders", place), lambda path=path: check_path(graph, path)
-        )
+        where = (*key, "senders") if swept else (*key, "senders", place)
+        _found(loaded, where, partial(check_path, graph, path))
         paths.append(path)
     if not paths:
         problem = f"no sender writes before {' and '.join(options.receivers)} read"
@@ -188,7 +188,7 @@ def _senders(loaded: LoadedConfig, key: KeyPath, options: PathOptions, graph: Gr
     for place, item in enumerate(options.senders):
         names = item if isinstance(item, tuple) else (item,)
         where = (*key, "senders", place)
-        found.append(tuple(_found(loaded, where, lambda name=name: _sender(graph, name)) for name in names))
+        found.append(tuple(_found(loaded, where, partial(_sender, graph, name)) for name in names))
     return found
 
 
