@@ -21,6 +21,7 @@ from mechinterp_cli.report.page.content import MAX_ROWS, PageSource, run_content
 from mechinterp_cli.report.page.document import document
 from mechinterp_cli.report.page.pack import inert, packed, row_count
 from mechinterp_cli.report.patch import patch_view
+from mechinterp_cli.report.rows import records
 from mechinterp_cli.report.view import read_view
 from mechinterp_cli.runs.manifest import Manifest
 from tests.page_runs import ATTACK, attacking_run, data_of, reference
@@ -90,7 +91,7 @@ def test_figures_hold_every_number_of_the_summary(told: dict[str, Any]) -> None:
 def test_the_answer_is_the_row_with_the_largest_effect(told: dict[str, Any]) -> None:
     summary = pd.read_parquet(PATCH / "summary.parquet")
     rows = summary[(summary["metric"] == "logit_diff") & (summary["aggregate"] == "ratio_of_means")]
-    best = rows.loc[rows["normalized"].abs().idxmax()]
+    best = records(rows.iloc[[int(rows["normalized"].abs().argmax())]])[0]
     assert f"{best['normalized']:+.3f} [{best['ci_low']:.3f}, {best['ci_high']:.3f}]" in told["answer"]
     assert f"layer {int(best['layer'])}, position {int(best['position'])}" in told["answer"]
     assert f"The strongest of {len(rows)} trials" in told["answer"]
@@ -105,7 +106,8 @@ def test_a_prompts_own_map_holds_its_effects(told: dict[str, Any]) -> None:
     results = pd.read_parquet(PATCH / "results.parquet")
     rows = results[(results["metric"] == "logit_diff") & (results["prompt"] == 3) & (results["site"] == "resid_pre")]
     found = next(one for one in told["prompts"]["maps"] if one["title"] == "resid_pre")
-    wanted = {(str(row.layer), int(row.position)): row.effect for row in rows.itertuples()}
+    places = zip(rows["layer"].astype(str), rows["position"].astype(int), strict=True)
+    wanted = dict(zip(places, rows["effect"], strict=True))
     cells = {(found["rows"][row], found["columns"][column]): at for at, (row, column) in enumerate(found["cells"])}
     assert cells.keys() == wanted.keys()
     for place, at in cells.items():
@@ -203,7 +205,9 @@ def test_data_are_inert_and_rows_come_back_from_columns() -> None:
     assert json.loads(inert({"a": "</script>\u2028"})) == {"a": "</script>\u2028"}
     assert "<" not in inert("</script>")
     assert inert("\u2028").isascii()
-    spec = {"layer": [{"data": {"values": [{"x": 1, "y": float("nan")}, {"x": 2, "z": "b"}]}, "mark": "bar"}]}
+    spec: dict[str, Any] = {
+        "layer": [{"data": {"values": [{"x": 1, "y": float("nan")}, {"x": 2, "z": "b"}]}, "mark": "bar"}]
+    }
     spec |= {"datasets": {"named": [{"q": 0.123456789}]}}
     assert row_count(spec) == 3
     found = packed(spec)

@@ -3,11 +3,15 @@
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from mechinterp_cli.report.page.build import page_of_runs
 from tests.page_runs import ATTACK, attacking_run, reference
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, Page
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="the development packages are not installed (playwright)")
 CHROMIUM = next(
@@ -22,7 +26,7 @@ RUNS = ("patch-induction-toy", "heads-toy", "attribute-toy")
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator["sync_api.Browser"]:
+def browser() -> Iterator["Browser"]:
     with sync_api.sync_playwright() as playwright:
         started = playwright.chromium.launch(executable_path=CHROMIUM, args=list(FLAGS))
         yield started
@@ -45,7 +49,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 class Opened:
     """A page that is open, the errors it wrote to the console, and what it asked for."""
 
-    def __init__(self, page: "sync_api.Page", file: Path) -> None:
+    def __init__(self, page: "Page", file: Path) -> None:
+        page.set_default_timeout(15_000)
         self.page = page
         self.said: list[str] = []
         self.asked: list[str] = []
@@ -68,7 +73,7 @@ class Opened:
 
 
 @pytest.fixture
-def opened(browser: "sync_api.Browser", files: dict[str, Path], request: pytest.FixtureRequest) -> Iterator[Opened]:
+def opened(browser: "Browser", files: dict[str, Path], request: pytest.FixtureRequest) -> Iterator[Opened]:
     name, width, scheme = request.param
     page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
     yield Opened(page, files[name])
@@ -129,10 +134,9 @@ def test_the_prompt_browser_shows_the_prompt_that_is_chosen(opened: Opened) -> N
     page.get_by_label("Prompt", exact=True).select_option(index=2)
     second = page.locator("[data-stream='clean'] .tokens").inner_text()
     assert second != first
-    tokens = second.split()
-    page.wait_for_function("document.querySelectorAll('.prompts svg').length === 1")
-    labels = page.locator(".prompts svg .role-axis-label text").all_inner_texts()
-    assert f"0 {tokens[0]}" in labels
+    token = page.locator("[data-stream='clean'] .tokens span").first.inner_text()
+    drawn = "label => [...document.querySelectorAll('.prompts svg .role-axis-label text')]"
+    page.wait_for_function(f"{drawn}.some((text) => text.textContent === label)", arg=f"0 {token}")
     page.get_by_role("button", name="Previous").click()
     page.get_by_role("button", name="Previous").click()
     assert page.locator("[data-stream='clean'] .tokens").inner_text() == first

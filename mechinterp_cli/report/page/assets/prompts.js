@@ -2,7 +2,7 @@
 function promptBrowser(data, colours) {
   const section = element("section", { class: "prompts" }, text("h2", "Prompts"));
   if (data.note) section.append(text("p", data.note, { class: "faint" }));
-  const pick = element("select", { on: { change: () => show() } },
+  const pick = element("select", { "aria-label": "Prompt", on: { change: () => show() } },
     data.prompts.map((prompt, at) => text("option", `${prompt.prompt}: ${prompt.name}`, { value: at })));
   const step = (by) => {
     pick.selectedIndex = Math.max(0, Math.min(data.prompts.length - 1, pick.selectedIndex + by));
@@ -10,7 +10,7 @@ function promptBrowser(data, colours) {
   };
   const back = text("button", "← Previous", { type: "button", on: { click: () => step(-1) } });
   const next = text("button", "Next →", { type: "button", on: { click: () => step(1) } });
-  const which = element("select", { on: { change: () => show() } },
+  const which = element("select", { "aria-label": "Effects of", on: { change: () => show() } },
     data.maps.map((map, at) => text("option", map.title, { value: at })));
   section.append(element("div", { class: "controls" },
     element("label", {}, "Prompt", pick), back, next,
