@@ -1,7 +1,7 @@
 """What scoring every edge costs, beside a hand-written version for models shaped like Llama.
 
 The hand-written version knows the model: it takes each head's gradient through that head's rows of the projection
-alone, and through the norm by its formula. No code of the engine is used but the graph's names.
+alone, and through the norm by its formula. No code of the engine is used but the graph's names and numbers.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,6 +18,7 @@ from benchmarks.sweep_clock import PeakMemory, Stopwatch
 from benchmarks.sweep_prompts import Pairs as Prompts
 from mechinterp_cli.engine.circuit_graph import Graph, Target
 from mechinterp_cli.engine.edge_scores import EdgeScores, Pairs, edge_scores
+from mechinterp_cli.engine.target_gradients import groups_of
 from mechinterp_cli.engine.wiring import Wiring
 from mechinterp_cli.errors import UserError
 
@@ -67,13 +68,17 @@ class ByHand:
         with torch.no_grad():
             clean, corrupt = (self._run(tokens)[0] for tokens in (self.prompts.clean, self.prompts.corrupt))
             changes = torch.stack(self._written(corrupt), 1) - torch.stack(self._written(clean), 1)
-        found = changes.new_zeros(len(changes), self.graph.n_edges)
+        gradients = changes.new_zeros(len(self.graph.targets), *clean["embed"].shape)
         for k in range(1, steps + 1):
             embed = corrupt["embed"] + k / steps * (clean["embed"] - corrupt["embed"])
             for target, gradient in self._gradients(embed):
-                first, reads = int(self.graph.first[target]), self.graph.reads[target]
-                product = torch.einsum("nutd,ntd->nu", changes[:, :reads], gradient)
-                found[:, first : first + reads] += product / steps
+                gradients[target] += gradient / steps
+        found = changes.new_zeros(len(changes), self.graph.n_edges)
+        for group in groups_of(self.graph):
+            own = gradients[group.first : group.first + group.size].transpose(0, 1).flatten(2)
+            first, edges = int(self.graph.first[group.first]), group.size * group.reads
+            product = own @ changes[:, : group.reads].flatten(2).transpose(1, 2)
+            found[:, first : first + edges] = product.flatten(1)
         return found
 
     def _run(self, tokens: Tensor, embed: Tensor | None = None) -> tuple[dict[str, Tensor], Tensor]:
@@ -152,8 +157,9 @@ class ByHand:
 
 def _through(norm: Any, x: Tensor, gradient: Tensor) -> Tensor:
     """The gradient before an RMS norm, from the one behind it."""
-    x, own = x.detach(), gradient * norm.weight
-    rms = (x.square().mean(-1, keepdim=True) + norm.variance_epsilon).sqrt()
+    x = x.detach()
+    own: Tensor = gradient * norm.weight
+    rms: Tensor = (x.square().mean(-1, keepdim=True) + norm.variance_epsilon).sqrt()
     return own / rms - x * (own * x).mean(-1, keepdim=True) / rms**3
 
 

@@ -1,5 +1,7 @@
 """Linear maps whose backward pass leaves zeros out: same values, same gradients, fewer multiplications."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -8,7 +10,8 @@ from transformers.pytorch_utils import Conv1D
 
 from mechinterp_cli.engine.sliced_linear import SlicedLinear
 
-MAPS = {"linear": nn.Linear(6, 9), "no bias": nn.Linear(6, 9, bias=False), "gpt2": Conv1D(9, 6)}
+conv1d: Any = Conv1D
+MAPS = {"linear": nn.Linear(6, 9), "no bias": nn.Linear(6, 9, bias=False), "gpt2": conv1d(9, 6)}
 
 
 def gradient(output: Tensor, x: Tensor, features: slice) -> tuple[Tensor, int]:

@@ -98,7 +98,8 @@ def test_an_mlp_that_reads_more_than_its_stream_is_refused() -> None:
         entered.append(args[0])
 
     def mixed(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
-        return output * (1 + torch.linalg.vector_norm(entered[-1], dim=-1, keepdim=True))
+        more: Tensor = torch.linalg.vector_norm(entered[-1], dim=-1, keepdim=True)
+        return output * (1 + more)
 
     layer = model.model.layers[1]
     with (

@@ -38,17 +38,16 @@ from mechinterp_cli.engine.circuit_graph import Graph
 from mechinterp_cli.engine.edits import Site
 from mechinterp_cli.engine.gradients import EMBED, Context, Differentiable, Pass, observed
 from mechinterp_cli.engine.instrument import visiting
+from mechinterp_cli.engine.metric_slopes import Sloped, refuse_flat
 from mechinterp_cli.engine.target_gradients import Group, target_gradients
 from mechinterp_cli.engine.wiring import Wiring
-from mechinterp_cli.errors import RunError, UserError
+from mechinterp_cli.errors import RunError
 
 Method = Literal["eap", "eap_ig_inputs", "eap_ig_activations", "clean_corrupted"]
 Rule = Literal["right", "midpoint", "left"]
 
 TOKENS_PER_PASS = 256
 """Tokens, those of all steps together, that one pass takes on a CPU: more take memory and save next to no time."""
-VOID = 1e-4
-"""A gradient at the base below this part of that at the source is none: a metric that is flat there says nothing."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,7 +169,8 @@ def edge_scores(
         lot = _Lot.of(asked, prompts)
         slopes.append(lot.slopes)
         parts.append(lot.scored(line, by_block=method == "eap_ig_activations"))
-    _check_slopes(torch.cat(slopes).sum(0), line, method)
+    if set(line) == {0.0}:
+        refuse_flat(torch.cat(slopes), method)
     found = EdgeScores.joined(parts)
     if not np.isfinite(found.by_prompt).all():
         edge = int(np.flatnonzero(~np.isfinite(found.by_prompt).all(axis=0))[0])
@@ -178,17 +178,6 @@ def edge_scores(
             f"the estimate of edge {wiring.graph.edge_name(edge)} is NaN or infinite", "Try model.dtype: float32."
         )
     return found
-
-
-def _check_slopes(slopes: Tensor, line: Sequence[float], method: Method) -> None:
-    """Refuse a gradient that is zero at the one place where it is taken."""
-    at_base, at_source = slopes.tolist()
-    if set(line) == {0.0} and at_base <= VOID * at_source:
-        raise UserError(
-            f"{method} says 0 of every edge: this metric has no gradient at the base, such as KL to the clean output "
-            "at the clean prompt, where it is least",
-            "Use eap_ig_inputs with several steps, or another metric such as logit_diff.",
-        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -232,7 +221,7 @@ class _Lot:
     @classmethod
     def of(cls, asked: _Asked, prompts: Tensor) -> "_Lot":
         """Run both streams once."""
-        sloped = _Sloped(asked.metric)
+        sloped = Sloped(asked.metric)
         sites = set(asked.wiring.sites)
         sites |= {Site("attn_out", layer.index) for layer in asked.wiring.anatomy.layers}
         seen, values = [], []
@@ -332,20 +321,3 @@ class _Block:
     site: Site
     first: int
     last: int
-
-
-class _Sloped:
-    """A metric that notes the sizes of its gradients with respect to logits, once for every pass."""
-
-    def __init__(self, metric: Differentiable) -> None:
-        self._metric = metric
-        self.slopes: list[Tensor] = []
-
-    def __call__(self, logits: Tensor, prompts: Tensor) -> Tensor:
-        """The metric's own values."""
-        with torch.enable_grad():
-            leaf = logits.detach().requires_grad_()
-            values = self._metric(leaf, prompts)
-            (slope,) = torch.autograd.grad(values.sum(), leaf)
-        self.slopes.append(slope.abs().sum(-1, dtype=torch.float64).cpu())
-        return values.detach()
