@@ -22,8 +22,9 @@ from mechinterp_cli.report.page.document import document
 from mechinterp_cli.report.page.pack import inert, packed, row_count
 from mechinterp_cli.report.patch import patch_view
 from mechinterp_cli.report.rows import records
-from mechinterp_cli.report.view import read_view
+from mechinterp_cli.report.view import read_view, view_of
 from mechinterp_cli.runs.manifest import Manifest
+from tests.ablate_frames import Fake
 from tests.page_runs import ATTACK, attacking_run, data_of, reference
 
 PATCH = reference("patch-induction-toy")
@@ -276,3 +277,24 @@ def test_a_run_of_200000_trials_has_a_page(tmp_path: Path) -> None:
     assert "bins of" in " ".join(figure["spec"]["title"]["subtitle"])
     assert "The strongest of 200,000 trials" in content["answer"]
     assert "Single prompts have no map: 200,000 trials are too many" in content["prompts"]["note"]
+
+
+@pytest.mark.parametrize(
+    ("design", "title"),
+    [
+        ("single", "Strongest ablations"),
+        ("cumulative", "Top of the ranking beside random ones"),
+        ("keep", "Sets"),
+        ("pairs", "Strongest interactions of pairs"),
+    ],
+)
+def test_every_design_of_ablation_has_its_table_and_answer(design: str, title: str) -> None:
+    fake = Fake(design=design, values=("zero",), metrics=("loss",))
+    tables = fake.tables()
+    shown = view_of(fake.manifest, tables)
+    content = run_content(PageSource(fake.manifest, shown, tables, ""), shown.pictures)
+    assert title in [table["title"] for table in content["tables"]]
+    assert re.search(r"[+-]?\d\.\d+", content["answer"])
+    for table in content["tables"]:
+        assert all(len(row) == len(table["columns"]) for row in table["rows"])
+    document(content["title"], {"runs": [content]})

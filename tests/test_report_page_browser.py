@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,17 +34,28 @@ def browser() -> Iterator["Browser"]:
         started.close()
 
 
+@dataclass
+class Pages:
+    """Pages by name, each made when it is first asked for."""
+
+    folder: Path
+
+    def file(self, name: str) -> Path:
+        """The page's file."""
+        path = self.folder / f"{name}.html"
+        if not path.exists():
+            path.write_bytes(page_of_runs(self._runs(name)))
+        return path
+
+    def _runs(self, name: str) -> list[Path]:
+        if name == "several":
+            return [reference(RUNS[0]), attacking_run(self.folder / "beside"), reference("heads-toy")]
+        return [attacking_run(self.folder)] if name == "attack" else [reference(name)]
+
+
 @pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("pages")
-    pages = {name: [reference(name)] for name in RUNS}
-    pages["attack"] = [attacking_run(folder)]
-    pages["several"] = [reference(RUNS[0]), pages["attack"][0], reference("heads-toy")]
-    found = {}
-    for name, runs in pages.items():
-        found[name] = folder / f"{name}.html"
-        found[name].write_bytes(page_of_runs(runs))
-    return found
+def pages(tmp_path_factory: pytest.TempPathFactory) -> Pages:
+    return Pages(tmp_path_factory.mktemp("pages"))
 
 
 class Opened:
@@ -73,10 +85,10 @@ class Opened:
 
 
 @pytest.fixture
-def opened(browser: "Browser", files: dict[str, Path], request: pytest.FixtureRequest) -> Iterator[Opened]:
+def opened(browser: "Browser", pages: Pages, request: pytest.FixtureRequest) -> Iterator[Opened]:
     name, width, scheme = request.param
     page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
-    yield Opened(page, files[name])
+    yield Opened(page, pages.file(name))
     page.close()
 
 
