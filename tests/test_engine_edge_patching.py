@@ -96,19 +96,19 @@ def test_all_edges_into_the_logits_are_the_other_stream_and_all_into_one_node_ar
 
 
 @pytest.mark.parametrize(
-    ("name", "family"),
+    ("name", "family", "spread"),
     [
-        ("toy-induction", "llama"),
-        ("planted-induction", "gpt2"),
-        pytest.param("smollm2-135m-instruct", "llama", marks=pytest.mark.slow),
+        ("toy-induction", "llama", 1),
+        ("planted-induction", "gpt2", 1),
+        pytest.param("smollm2-135m-instruct", "llama", 307, marks=pytest.mark.slow),
     ],
 )
-def test_the_sums_of_models_that_were_trained_or_made(name: str, family: str) -> None:
+def test_the_sums_of_models_that_were_trained_or_made(name: str, family: str, spread: int) -> None:
     loaded = load_model(ModelOptions(id=name, attn_implementation="eager"))
     wiring = wired(loaded.model, loaded.anatomy)
-    own = torch.tensor([[5, 9, 14, 21, 30, 40, 9], [6, 11, 8, 19, 33, 41, 11]])
+    own = torch.tensor([[5, 9, 14, 21, 30, 40, 9], [6, 11, 8, 19, 33, 41, 11]]) * spread
     other = own.clone()
-    other[:, 1] = 7
+    other[:, 1] = 7 * spread
     last = loaded.anatomy.n_layers - 1
     targets = [Target("mlp", last // 2), Target("q", last, 2), Target("k", last, 1), Target("v", last // 2, 0)]
     check_sums(wiring, Pairs.of(own, other), PlainEdges(family, wiring.graph, loaded.model), targets, 1e-4)
@@ -130,7 +130,7 @@ def check_sums(wiring: Wiring, pairs: Pairs, plain: PlainEdges, targets: Sequenc
     scale = native(wiring, pairs.own)
     for mine, theirs in zip(got, want, strict=True):
         assert far(mine, theirs, scale) <= tolerance
-    assert far(got[0], scale, scale) > 0.1
+    assert far(got[0], scale, scale) > 0.05
 
 
 def mlp_patched(plain: PlainEdges, pairs: Pairs, mlp_input: Tensor, layer: int) -> Tensor:

@@ -48,16 +48,17 @@ def test_values_are_those_of_two_passes_with_hooks(
     tmp_path: FilePath, oracle: Oracle, direction: str, base: str, source: str
 ) -> None:
     run = run_patch(tmp_path, {"direction": direction, "sites": BLOCKS}, metrics=["logit_diff"])
-    values, paths = run.values("logit_diff"), expected()
+    values: Any = run.values("logit_diff")
+    paths = expected()
     assert len(values) == 1 + len(paths)
     right, wrong = run.answers(), run.answers("wrong_answer_ids")
     prompts = torch.arange(len(right))
-    tokens = [run.tokens(stream) for stream in (base, source)]
+    into, sent = run.tokens(base), run.tokens(source)
     for trial, path in enumerate(paths, start=1):
-        logits = logits_with(oracle, *tokens, path)[:, -1]
+        logits = logits_with(oracle, into, sent, path)[:, -1]
         want = logits[prompts, right] - logits[prompts, wrong]
         got = torch.tensor(values.loc[trial].tolist(), dtype=torch.float64)
-        torch.testing.assert_close(got, want.double(), rtol=0, atol=1e-4, msg=lambda text, path=path: f"{path}: {text}")
+        torch.testing.assert_close(got, want.double(), rtol=0, atol=1e-4, msg=path.name)
     moved = values.loc[1:].to_numpy(dtype=float) - run.baseline(base, "logit_diff").numpy()
     assert abs(moved).max() > 1
 
