@@ -46,7 +46,7 @@ from mechinterp_cli.errors import RunError
 Method = Literal["eap", "eap_ig_inputs", "eap_ig_activations", "clean_corrupted"]
 Rule = Literal["right", "midpoint", "left"]
 
-TOKENS_PER_PASS = 256
+TOKENS_PER_PASS = 192
 """Tokens, those of all steps together, that one pass takes on a CPU: more take memory and save next to no time."""
 
 
