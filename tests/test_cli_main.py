@@ -177,6 +177,7 @@ COMMANDS = [
         ["attribute"],
         ["heads"],
         ["probe"],
+        ["circuit"],
         ["resume"],
         ["reproduce"],
         ["show"],
@@ -185,7 +186,7 @@ COMMANDS = [
         ["runs"],
         ["verify"],
     ),
-    *(["models"], ["models", "fetch"], ["schema"]),
+    *(["models"], ["models", "fetch"], ["schema"], ["init"]),
 ]
 
 

@@ -5,11 +5,14 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from mechinterp_cli.cli.completion import complete_run
 from mechinterp_cli.cli.console import Console
 from mechinterp_cli.cli.options import Json, Quiet
 
-A = Annotated[Path, typer.Argument(metavar="A", help="A run directory.", show_default=False)]
-B = Annotated[Path, typer.Argument(metavar="B", help="Another one.", show_default=False)]
+A = Annotated[
+    Path, typer.Argument(metavar="A", help="A run directory.", show_default=False, autocompletion=complete_run)
+]
+B = Annotated[Path, typer.Argument(metavar="B", help="Another one.", show_default=False, autocompletion=complete_run)]
 Metric = Annotated[list[str] | None, typer.Option("--metric", metavar="NAME", help="This metric only. Repeatable.")]
 Column = Annotated[
     Literal["value", "effect", "normalized"] | None,

@@ -10,7 +10,7 @@ import typer
 from typer.exceptions import Abort, TyperException
 
 from mechinterp_cli import __version__
-from mechinterp_cli.cli import compare, experiments, models, report, reproduce, resume, runs, schema, show
+from mechinterp_cli.cli import compare, experiments, init, models, report, reproduce, resume, runs, schema, show
 from mechinterp_cli.cli.console import Console
 from mechinterp_cli.errors import ExitCode, MechinterpError
 from mechinterp_cli.runs.signals import Terminated
@@ -23,10 +23,15 @@ class State:
     debug: bool = False
 
 
+FIRST_STEPS = """first time here?
+  mechinterp init patch            # writes a commented config, patch.yaml
+  mechinterp patch patch.yaml      # runs it: seconds
+  mechinterp --install-completion  # then Tab completes commands, configs and runs"""
 app = typer.Typer(
-    add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False,
+    no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False,
     epilog="Example: mechinterp patch configs/patch-ioi.yaml",
 )  # fmt: skip
+app.command("init")(init.init)
 for method in experiments.EXPERIMENTS:
     app.command(method)(experiments.command(method))
 app.command("resume")(resume.resume)
@@ -90,6 +95,9 @@ def _usage_error(console: Console, error: TyperException) -> int:
     """Tell what is wrong with the command line."""
     if type(error).__name__ == "NoArgsIsHelpError":
         console.say(error.format_message())
+        context = getattr(error, "ctx", None)
+        if context is None or context.parent is None:
+            console.say(f"\n{FIRST_STEPS}")
     else:
         context = getattr(error, "ctx", None)
         command = context.command_path if context is not None else "mechinterp"

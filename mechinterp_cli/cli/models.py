@@ -4,9 +4,16 @@ from typing import Annotated, Any
 
 import typer
 
+from mechinterp_cli.cli.completion import complete_model
 from mechinterp_cli.cli.console import Console
 from mechinterp_cli.cli.options import Json, Quiet
 
+Name = Annotated[
+    str,
+    typer.Argument(
+        metavar="NAME", help="As `mechinterp models` lists it.", show_default=False, autocompletion=complete_model
+    ),
+]
 app = typer.Typer(invoke_without_command=True, rich_markup_mode=None)
 
 
@@ -26,7 +33,7 @@ def models(context: typer.Context, as_json: Json = False) -> None:
 
 @app.command()
 def fetch(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="As `mechinterp models` lists it.", show_default=False)],
+    name: Name,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:

@@ -6,9 +6,15 @@ from typing import Annotated, Any
 
 import typer
 
+from mechinterp_cli.cli.completion import complete_config, complete_run
 from mechinterp_cli.cli.console import Console
 
-Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="The experiment: a YAML file.", show_default=False)]
+Config = Annotated[
+    Path,
+    typer.Argument(
+        metavar="CONFIG", help="The experiment: a YAML file.", show_default=False, autocompletion=complete_config
+    ),
+]
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one value: --set task.n=8. Repeatable.")
 ]
@@ -23,7 +29,12 @@ DryRun = Annotated[
 ]
 Resume = Annotated[
     Path | None,
-    typer.Option("--resume", metavar="RUN", help="Go on with this run; the config must be the one it began with."),
+    typer.Option(
+        "--resume",
+        metavar="RUN",
+        help="Go on with this run; the config must be the one it began with.",
+        autocompletion=complete_run,
+    ),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but errors.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]

@@ -5,10 +5,14 @@ from typing import Annotated
 
 import typer
 
+from mechinterp_cli.cli.completion import complete_run
 from mechinterp_cli.cli.console import Console
 from mechinterp_cli.cli.options import Json, Quiet, show_outcome
 
-Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.", show_default=False)]
+Run = Annotated[
+    Path,
+    typer.Argument(metavar="RUN", help="A run directory.", show_default=False, autocompletion=complete_run),
+]
 
 
 def resume(run: Run, quiet: Quiet = False, as_json: Json = False) -> None:

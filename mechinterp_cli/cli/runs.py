@@ -7,10 +7,10 @@ import typer
 
 from mechinterp_cli.cli.console import Console
 from mechinterp_cli.cli.options import Json, Quiet
+from mechinterp_cli.cli.resume import Run
 from mechinterp_cli.text import visible
 
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="The folder that holds runs.")]
-Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.", show_default=False)]
 Statuses = Annotated[
     list[str] | None,
     typer.Option(

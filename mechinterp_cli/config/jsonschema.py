@@ -1,5 +1,6 @@
 """The JSON Schema of a config file, with every task and method that is registered."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic.json_schema import models_json_schema
@@ -69,16 +70,13 @@ def allowed_keys(schema: dict[str, Any], value: Any, path: tuple[str | int, ...]
     Returns:
         Valid keys, in schema order; empty where the schema says nothing.
     """
-    branches = _branches(schema, schema, value)
+    found = branches(schema, schema, value)
     for step in path:
         value = _child(value, step)
-        branches = [
-            inner
-            for branch in branches
-            for raw in _schemas_below(branch, step)
-            for inner in _branches(schema, raw, value)
+        found = [
+            inner for branch in found for raw in _schemas_below(branch, step) for inner in branches(schema, raw, value)
         ]
-    return list(dict.fromkeys(key for branch in branches for key in branch.get("properties", {})))
+    return list(dict.fromkeys(key for branch in found for key in branch.get("properties", {})))
 
 
 def _child(value: Any, step: str | int) -> Any:
@@ -95,18 +93,27 @@ def _schemas_below(branch: dict[str, Any], step: str | int) -> list[dict[str, An
     return [below] if isinstance(below, dict) else []
 
 
-def _branches(top: dict[str, Any], schema: dict[str, Any], value: Any) -> list[dict[str, Any]]:
-    """Follow references and unions; leave out branches whose constants the value contradicts."""
+def branches(top: Mapping[str, Any], schema: Mapping[str, Any], value: Any) -> list[dict[str, Any]]:
+    """What a schema comes to: references and unions are followed.
+
+    Args:
+        top: The whole document, which holds the definitions.
+        schema: Part of it.
+        value: What stands there; branches whose constants it contradicts are left out.
+
+    Returns:
+        Schemas that are neither references nor unions.
+    """
     if "$ref" in schema:
-        return _branches(top, top["$defs"][schema["$ref"].removeprefix("#/$defs/")], value)
+        return branches(top, top["$defs"][schema["$ref"].removeprefix("#/$defs/")], value)
     unions = [*schema.get("anyOf", []), *(schema.get("oneOf", []) if "properties" not in schema else [])]
-    found = [inner for branch in unions for inner in _branches(top, branch, value)]
+    found = [inner for branch in unions for inner in branches(top, branch, value)]
     if not unions and not _contradicts(schema, value):
-        found.append(schema)
+        found.append(dict(schema))
     return found
 
 
-def _contradicts(schema: dict[str, Any], value: Any) -> bool:
+def _contradicts(schema: Mapping[str, Any], value: Any) -> bool:
     if not isinstance(value, dict):
         return False
     constants = {key: inner["const"] for key, inner in schema.get("properties", {}).items() if "const" in inner}

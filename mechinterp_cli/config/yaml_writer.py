@@ -43,3 +43,15 @@ def dump(value: Any) -> str:
         The document, ending in a newline, keys in the order given.
     """
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+
+def flow(value: Any) -> str:
+    """Write a value on one line, as it stands behind its key: `[a, b]`, `{kind: z, layers: all}`.
+
+    Args:
+        value: As for `dump`.
+    """
+    text: str = yaml.dump(
+        value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1e9, default_flow_style=True
+    )
+    return text.removesuffix("\n").removesuffix("\n...")
