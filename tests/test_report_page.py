@@ -202,6 +202,15 @@ def test_what_is_no_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "this is no run directory" in capsys.readouterr().err
 
 
+def test_a_run_without_its_config_is_told_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "run"
+    shutil.copytree(PATCH, path)
+    (path / "config.yaml").unlink()
+    assert main(["report", str(path)]) == 1
+    assert "config.yaml: cannot be read" in capsys.readouterr().err
+    assert not (path / "report.html").exists()
+
+
 def test_data_are_inert_and_rows_come_back_from_columns() -> None:
     assert json.loads(inert({"a": "</script>\u2028"})) == {"a": "</script>\u2028"}
     assert "<" not in inert("</script>")

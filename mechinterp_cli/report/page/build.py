@@ -7,6 +7,7 @@ from typing import Any
 import pandas as pd
 import pyarrow as pa
 
+from mechinterp_cli.errors import RunError
 from mechinterp_cli.report.page.comparison import comparison_content
 from mechinterp_cli.report.page.content import PageSource, run_content
 from mechinterp_cli.report.page.prompts import USES
@@ -56,8 +57,15 @@ def _content(
     """What the page says of a run; as `run_page`."""
     # As it will be read from the file, so that the page is the same when it is made again.
     manifest = Manifest.from_json(manifest.to_json())
-    source = PageSource(manifest, view, tables, (path / "config.yaml").read_text("utf-8", "backslashreplace"))
+    source = PageSource(manifest, view, tables, _config(path / "config.yaml"))
     return run_content(source, view.pictures if pictures is None else pictures)
+
+
+def _config(file: Path) -> str:
+    try:
+        return file.read_text("utf-8", "backslashreplace")
+    except OSError as error:
+        raise RunError(f"{file}: cannot be read: {error.strerror}", "`mechinterp verify` says what else is.") from error
 
 
 def page_of_runs(paths: Sequence[Path]) -> bytes:
@@ -68,7 +76,7 @@ def page_of_runs(paths: Sequence[Path]) -> bytes:
 
     Raises:
         UserError: One is no run directory, or has nothing to show.
-        RunError: A table is damaged.
+        RunError: A table is damaged, or `config.yaml` is gone.
     """
     from mechinterp_cli.report.page.document import document
 
