@@ -106,7 +106,7 @@ def test_a_ranking_keeps_int_of_size_times_all_edges_and_circuits_lie_in_each_ot
         assert (circuit.kept == connected(topology, np.isin(np.arange(len(scores)), list(best)))).all()
     assert all((small.kept <= large.kept).all() for small, large in itertools.pairwise(chosen))
     assert chosen[-1].kept.all()
-    first = first_sizes(chosen)
+    first = first_sizes(sizes, [circuit.kept for circuit in chosen])
     for circuit in chosen:
         assert ((first <= circuit.size) == circuit.kept).all()
 

@@ -250,15 +250,16 @@ class Ranking:
         return (self.at(size) for size in sizes)
 
 
-def first_sizes(chosen: Sequence[Chosen]) -> Floats:
+def first_sizes(sizes: Sequence[float], circuits: Sequence[Bools]) -> Floats:
     """[edges] the smallest size whose circuit holds an edge; NaN where none does.
 
     Args:
-        chosen: Circuits of one ranking, smallest first.
+        sizes: Rising.
+        circuits: Of one ranking, [edges] each.
     """
-    first = np.full(len(chosen[0].kept), np.nan)
-    for circuit in reversed(chosen):
-        first[circuit.kept] = circuit.size
+    first = np.full(len(circuits[0]), np.nan)
+    for size, kept in reversed(list(zip(sizes, circuits, strict=True))):
+        first[kept] = size
     return first
 
 

@@ -12,7 +12,7 @@ from scipy.stats import t as student
 
 from mechinterp_cli.engine.circuit_graph import Graph
 from mechinterp_cli.methods.beside import Row
-from mechinterp_cli.methods.circuit.choose import Bools, Topology, best_first, first_sizes
+from mechinterp_cli.methods.circuit.choose import Topology, best_first, first_sizes
 from mechinterp_cli.methods.circuit.circuits import Circuit
 from mechinterp_cli.methods.circuit.faithfulness import Ends, band, trapezoid
 from mechinterp_cli.methods.circuit.options import RANKS, Rank
@@ -192,7 +192,7 @@ def members_table(columns: EdgeColumns, circuits: Sequence[Circuit], scores: Map
     parts = []
     for group in _rankings(circuits):
         first = group[0]
-        sizes = first_sizes([_Sized(c.kept, 0.0 if c.size is None else c.size) for c in group])
+        sizes = first_sizes([circuit.size or 0.0 for circuit in group], [circuit.kept for circuit in group])
         edges = np.flatnonzero(np.isfinite(sizes))
         values = scores.get(first.score)
         count, ranked = len(edges), first.size is not None
@@ -209,12 +209,6 @@ def members_table(columns: EdgeColumns, circuits: Sequence[Circuit], scores: Map
             )
         )
     return pa.concat_tables(parts)
-
-
-@dataclass(frozen=True, eq=False)
-class _Sized:
-    kept: Bools
-    size: float
 
 
 def _rankings(circuits: Sequence[Circuit]) -> Iterator[list[Circuit]]:
