@@ -1,6 +1,7 @@
 """Grids hold what the summary holds, and pictures cannot be made to act by what is in a token."""
 
 import json
+import re
 import struct
 import subprocess
 import sys
@@ -172,6 +173,13 @@ def test_pictures_are_large_enough_to_read(layers: int) -> None:
     width, height = size_of(render_png(build(positions(layers=layers, count=14), subtitle="model, 64 prompts")))
     assert 2 * 14 * 30 < width < 2600
     assert 2 * layers * 14 < height < 2600
+
+
+def test_ends_of_a_scale_that_are_tiny_are_not_written_as_0() -> None:
+    tiny = [{**row, "normalized": row["normalized"] * 1e-9} for row in positions()]
+    for rows, form in ((positions(), ".2~f"), (tiny, ".1~e")):
+        legends = re.findall(r'"format": "([^"]*)"', json.dumps(spec_of(build(rows))))
+        assert set(legends) == {form}
 
 
 def test_a_thousand_columns_all_undefined_and_one_value_are_drawn() -> None:

@@ -19,6 +19,8 @@ CELL_WIDTH, CELL_HEIGHT = 30, 14
 MAX_COLUMN_LABELS = 64
 NUMBER_WIDTH, NUMBER_HEIGHT = 26, 11
 """The smallest cell that a number of two decimals is printed in."""
+SMALL = 0.04
+"""Ends of the colour scale below this are written with an exponent: half of them would not differ from 0."""
 DARK = 0.85
 """From this share of the colour scale on, numbers are white."""
 
@@ -148,7 +150,9 @@ def _layer_axis(panel: Panel) -> alt.Axis:
 def _value_colour(heatmap: Heatmap, with_legend: bool) -> alt.Color:
     stops, ticks = _stops(heatmap.colours)
     length = min(160, max(70, min(_panel_height(panel) for panel in heatmap.panels) - 20))
-    legend = alt.Legend(title=heatmap.quantity, gradientLength=length, values=ticks, format=".2~f")
+    # Two decimals would show ends of 1e-9 as 0.
+    form = ".2~f" if max(abs(stops[0]), abs(stops[-1])) >= SMALL else ".1~e"
+    legend = alt.Legend(title=heatmap.quantity, gradientLength=length, values=ticks, format=form)
     # Vega would go by hue, which tints the smallest effects yellow and cyan.
     scale = alt.Scale(domain=stops, range=list(COLOURS[-len(stops) :]), clamp=True, interpolate="rgb")
     return alt.Color("value:Q", scale=scale, legend=legend if with_legend else None)
