@@ -2,6 +2,7 @@
 const HIDDEN_FIELDS = new Set(["state", "ink", "first", "last"]);
 const FIELD_NAMES = { p: "adjusted p", kind: "", series: "" };
 const ERRORS = 1; // Vega's level of what it writes to the console
+const NARROWEST = 70; // letters: no picture breaks shorter lines
 const MANY = 3000; // marks: from here on a canvas is quicker than elements
 const drawn = []; // functions that draw again, for another theme
 
@@ -116,7 +117,7 @@ function chart(figure) {
 // Lines that were broken to the picture's width are joined again: those that fill it go on in the next.
 function subtitles(spec) {
   const below = [spec.title?.subtitle ?? []].flat();
-  const full = 0.8 * Math.max(0, ...below.map((words) => words.length));
+  const full = Math.max(NARROWEST - 15, 0.8 * Math.max(0, ...below.map((words) => words.length)));
   const joined = [];
   below.forEach((words, at) => {
     if (at && below[at - 1].length >= full) joined[joined.length - 1] += ` ${words}`;
