@@ -2,9 +2,9 @@
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -30,6 +30,7 @@ from mechinterp_cli.methods.probe.projections import projection_rows
 from mechinterp_cli.methods.probe.readable import Scores
 from mechinterp_cli.methods.probe.readout import Readout, Row, bags, control_problem
 from mechinterp_cli.methods.probe.scoring import Problem
+from mechinterp_cli.methods.probe.side_by_side import side_by_side
 from mechinterp_cli.methods.probe.sites import Reading, asked_of, readings
 from mechinterp_cli.models.anatomy import device_of
 from mechinterp_cli.models.loaded import LoadedModel
@@ -39,6 +40,7 @@ from mechinterp_cli.tasks.labelled import LabelledSet, label_rows, labelled
 MEMORY_SHARE = 0.5
 """Of the budget, for activations; the rest is for fitting."""
 EMBEDDING = Site("embed", 0)
+Result = TypeVar("Result")
 
 
 class ProbeExperiment(Experiment):
@@ -94,15 +96,10 @@ class ProbeExperiment(Experiment):
         rows: list[Row] = []
         codes: list[Row] = []
         curve: list[Row] = []
-        for number, readout in enumerate(self.readouts):
-            bench.progress.advance(number, len(self.readouts))
-            x = self._x(found, readout.reading)
-            drawn = self._draws[readout.reading.examples]
-            rows += [self._place(readout.reading) | row for row in readout.rows(self.names, x, drawn)]
-            if self.options.code_length:
-                codes.append(self._place(readout.reading) | readout.code(x))
-            if self.options.learning_curve:
-                curve += [self._place(readout.reading) | row for row in learning_rows(readout, x)]
+        for scores, code, learning in self._each(lambda readout: self._read(readout, found), bench):
+            rows += scores
+            codes += code
+            curve += learning
         rows = with_chance(rows) + self._baselines(found, bench)
         labels = list(map(_plain, label_rows(self.examples)))
         tables: dict[str, Any] = {"probes": rows, "labels": labels}
@@ -114,6 +111,15 @@ class ProbeExperiment(Experiment):
         if self.options.predictions:
             tables["predictions"] = prediction_table(self.readouts, labels, self.examples.classes, self._place)
         return tables | self._followed(found, rows, bench)
+
+    def _read(self, readout: Readout, found: Activations) -> tuple[list[Row], list[Row], list[Row]]:
+        """Scores, code length and learning curve at one place; none of what is not asked for."""
+        place, x = self._place(readout.reading), self._x(found, readout.reading)
+        scores = readout.rows(self.names, x, self._draws[readout.reading.examples])
+        code = [readout.code(x)] if self.options.code_length else []
+        learning = learning_rows(readout, x) if self.options.learning_curve else []
+        each = ([place | row for row in rows] for rows in (scores, code, learning))
+        return next(each), next(each), next(each)
 
     def _followed(self, found: Activations, rows: Sequence[Row], bench: Bench) -> dict[str, Any]:
         """Save the directions of a linear probe, and try them in the model where that is asked."""
@@ -179,10 +185,20 @@ class ProbeExperiment(Experiment):
         if "random_weights" in asked:
             bench.stage("the same model with random weights")
             found = self._activations(random_twin(self.model, self.options.seed), bench)
-            for readout in self.readouts:
-                row = readout.beside(name, "random_weights", self._x(found, readout.reading))
-                rows.append(self._place(readout.reading) | row)
+            rows += self._each(lambda readout: self._twin(readout, name, found), bench)
         return rows
+
+    def _twin(self, readout: Readout, name: ProbeName, found: Activations) -> Row:
+        row = readout.beside(name, "random_weights", self._x(found, readout.reading))
+        return self._place(readout.reading) | row
+
+    def _each(self, work: Callable[[Readout], Result], bench: Bench) -> Iterator[Result]:
+        """What work gives at every place; on a CPU several places at once."""
+        on_gpu = device_of(self.model.model).type != "cpu"
+        results = map(work, self.readouts) if on_gpu else side_by_side(work, self.readouts)
+        for number, result in enumerate(results, start=1):
+            bench.progress.advance(number, len(self.readouts))
+            yield result
 
     def _before(self, reading: Reading) -> Iterator[tuple[int, ...]]:
         """Of every sample the tokens up to where the probe reads."""

@@ -4,8 +4,7 @@ The objective is scikit-learn's: penalty · Σ weight · log-loss + ‖w‖²/2 
 Two classes have one row of coefficients (the logit of class 1), more classes have one each (multinomial).
 """
 
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -137,20 +136,9 @@ def fit_logistic(
     fit = partial(
         fit_site, tasks=tasks, penalties=penalties, standardise=standardise, tolerance=tolerance, max_steps=max_steps
     )
-    fitted = [fit(site) for site in x] if x.is_cuda else _side_by_side(fit, x)
+    fitted = [fit(site) for site in x] if x.is_cuda else list(side_by_side(fit, x))
     names = Logistic.__dataclass_fields__
     return Logistic(**{name: torch.stack([getattr(one, name) for one in fitted]) for name in names})
-
-
-def _side_by_side(fit: Callable[[Tensor], Logistic], x: Tensor) -> list[Logistic]:
-    """A site's matrices are too small for threads to share; and so no number depends on how many threads there are."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            return list(pool.map(fit, x))
-    finally:
-        torch.set_num_threads(threads)
 
 
 def fit_site(
