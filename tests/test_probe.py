@@ -173,7 +173,8 @@ def test_predictions_and_the_end_of_the_learning_curve_are_the_scores(readable: 
     (p,) = rows[rows["target"] == "label"]["p"]
     assert p == 1 / 20
     right = said["class"] == said["predicted_class"]
-    assert (len(said), float(right.mean())) == (60, pytest.approx(score))
+    assert len(said) == 60
+    assert float(right.mean()) == pytest.approx(score)
     assert ((said["probability"] > 0.5) == right).all()
     assert curve["n_train"].tolist() == [8, 16, 32, 45]
     assert curve["score"].iloc[-1] == pytest.approx(score)

@@ -1,6 +1,6 @@
 """Bad labelled texts, from the command line to the message: which file and row or key, and what to do."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -21,7 +21,7 @@ GOOD = [(f"k{i} k{i + 1} k{i + 2}", "ab"[i % 2]) for i in range(3, 13)]
 Refused = Callable[..., None]
 
 
-def csv(rows: list[tuple[str, ...]], head: str = "text,label") -> str:
+def csv(rows: Sequence[tuple[str, ...]], head: str = "text,label") -> str:
     return "\n".join([head, *(",".join(row) for row in rows)]) + "\n"
 
 

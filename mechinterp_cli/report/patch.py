@@ -10,7 +10,8 @@ from mechinterp_cli.report.checkpoints import Checkpoints, checkpoints_of
 from mechinterp_cli.report.grid import Heatmap, HeatmapSpec, build_heatmap
 from mechinterp_cli.report.rows import records
 from mechinterp_cli.report.sentences import strongest_sentence
-from mechinterp_cli.report.shapes import Picture
+from mechinterp_cli.report.shapes import Curves, Picture
+from mechinterp_cli.report.sparkline import terminal_curves
 from mechinterp_cli.report.terminal import describe_place, strongest, strongest_table, terminal_heatmap
 from mechinterp_cli.report.training import trial_curves
 from mechinterp_cli.runs.manifest import Manifest
@@ -49,12 +50,13 @@ class PatchView:
         from mechinterp_cli.report import curves, heatmap
 
         found: list[tuple[str, Picture]] = [(name, heatmap.drawing(grid)) for name, grid in self.maps]
-        if self.checkpoints.several and len(self.strongest):
-            along = trial_curves(
-                self.everywhere, self.strongest, self.checkpoints, self.tokens, self.quantity, self.about
-            )
-            found.append(("training", curves.drawing(along)))
-        return found
+        along = self._along_training()
+        return [*found, ("training", curves.drawing(along))] if along is not None else found
+
+    def _along_training(self) -> Curves | None:
+        if not self.checkpoints.several or self.strongest.empty:
+            return None
+        return trial_curves(self.everywhere, self.strongest, self.checkpoints, self.tokens, self.quantity, self.about)
 
     @property
     def strongest(self) -> pd.DataFrame:
@@ -68,6 +70,7 @@ class PatchView:
         yield strongest_table(
             self.rows, tokens=self.tokens, count=self.count, quantity=self.quantity, width=width, plain=plain
         )
+        yield from terminal_curves(self._along_training(), width=width, plain=plain)
 
     def headline(self) -> list[dict[str, Any]]:
         """The strongest rows as plain data."""
@@ -139,7 +142,7 @@ def _maps(rows: pd.DataFrame, spec: HeatmapSpec, metric: str, *, one_template: b
         kind = str(part["site"].iloc[0])
         if kind == "path" and part["head"].isna().any() and part["layer"].duplicated().any():
             # Not each head, or each MLP, but paths that were listed: a column for each.
-            part = part.assign(span=part["label"].str.removeprefix("path "), head=pd.NA)
+            part = part.assign(span=part["label"].str.removeprefix("path ")).assign(head=pd.Series(pd.NA, index=part.index, dtype=object))
         title = f"{kind}, {spec.title}"
         yield f"{int(str(block)):02d}-{kind}-{metric}", build_heatmap(part, replace(spec, title=title))
 

@@ -88,7 +88,8 @@ def adjusted(found: Sequence[Chance]) -> list[float]:
     observed, drawn = np.array([one.observed for one in found]), np.stack([one.drawn for one in found])
     # below 0 an R² says no more than at 0
     least = np.maximum(drawn, 0)
-    return step_down(np.maximum(observed, 0), lambda rows: least[rows], drawn.shape[1], exact=False)[1].tolist()
+    _, p = step_down(np.maximum(observed, 0), lambda rows: least[rows], drawn.shape[1], exact=False)
+    return [float(one) for one in p]
 
 
 def with_chance(rows: Iterable[Row]) -> list[Row]:

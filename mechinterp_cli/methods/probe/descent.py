@@ -173,7 +173,8 @@ def _norm(a: Tensor) -> Tensor:
 def _near(walk: _Walk, tolerance: float) -> Tensor:
     """Whether the optimum is near enough, or nearer than rounding lets a gradient tell."""
     noise = torch.finfo(walk.w.dtype).eps * walk.w.shape[-1] ** 0.5 * _norm(walk.residual)
-    return walk.product <= (SAFETY * tolerance) ** 2 * walk.size + noise.square()
+    near: Tensor = walk.product <= (SAFETY * tolerance) ** 2 * walk.size + noise.square()
+    return near
 
 
 def _steepness(problems: Problems, grad: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 from mechinterp_cli.methods.probe import losses
 from mechinterp_cli.methods.probe.basis import Basis
 from mechinterp_cli.methods.probe.descent import Point, Problems, descend, objective, start
+from mechinterp_cli.methods.probe.side_by_side import side_by_side
 from mechinterp_cli.methods.probe.spaces import Space, spaces
 
 TOLERANCE = 1e-4
