@@ -14,11 +14,11 @@ from torch import Tensor
 
 from mechinterp_cli.config.model import ModelOptions
 from mechinterp_cli.errors import RunError, UserError
-from mechinterp_cli.methods.directions import orthonormal, read_directions
 from mechinterp_cli.methods.ablate.expand import expand, find, names, overlapping
 from mechinterp_cli.methods.ablate.options import AblateOptions, RankingRun
 from mechinterp_cli.methods.ablate.ranking import Ranking, explain, load_ranking
 from mechinterp_cli.methods.ablate.units import Part, Unit, merge
+from mechinterp_cli.methods.directions import orthonormal, read_directions
 from mechinterp_cli.models.anatomy import Anatomy, find_anatomy
 from mechinterp_cli.models.load import load_model
 from mechinterp_cli.runs.manifest import Manifest

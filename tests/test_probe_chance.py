@@ -144,7 +144,7 @@ def test_a_newton_step_is_that_of_the_objective(classes: int) -> None:
 
     zero = torch.zeros(5 * columns, dtype=torch.float64)
     gradient = torch.func.grad(objective)(zero)
-    curvature = torch.func.hessian(objective)(zero)
+    curvature = torch.autograd.functional.hessian(objective, zero)  # type: ignore[no-untyped-call]
     step = -torch.linalg.solve(curvature, gradient)
     torch.testing.assert_close(found[:, 0], scaled @ step.view(5, columns) + start)
 

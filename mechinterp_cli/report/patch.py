@@ -142,7 +142,9 @@ def _maps(rows: pd.DataFrame, spec: HeatmapSpec, metric: str, *, one_template: b
         kind = str(part["site"].iloc[0])
         if kind == "path" and part["head"].isna().any() and part["layer"].duplicated().any():
             # Not each head, or each MLP, but paths that were listed: a column for each.
-            part = part.assign(span=part["label"].str.removeprefix("path ")).assign(head=pd.Series(pd.NA, index=part.index, dtype=object))
+            part = part.assign(span=part["label"].str.removeprefix("path ")).assign(
+                head=pd.Series(pd.NA, index=part.index, dtype=object)
+            )
         title = f"{kind}, {spec.title}"
         yield f"{int(str(block)):02d}-{kind}-{metric}", build_heatmap(part, replace(spec, title=title))
 
