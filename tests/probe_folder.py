@@ -1,4 +1,4 @@
-"""A model folder in which one label of a token is readable but unused and another is used, and a file of its prompts."""
+"""A model folder in which one label of a token is readable but unused, another is used, and a file of its prompts."""
 
 import csv
 from pathlib import Path
