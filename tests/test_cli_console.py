@@ -1,6 +1,7 @@
 import io
 import json
 import math
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -106,10 +107,111 @@ def test_without_a_terminal_one_line_a_minute(capsys: pytest.CaptureFixture[str]
             progress.advance(second, 180)
     assert capsys.readouterr().err.splitlines() == [
         "sweeping",
-        "sweeping: 60 of 180",
-        "sweeping: 120 of 180",
-        "sweeping: 180 of 180",
+        "sweeping: 60 of 180, 1/s, 2 min left",
+        "sweeping: 120 of 180, 1/s, 1 min left",
+        "sweeping: 180 of 180, 1/s",
     ]
+
+
+def told(capsys: pytest.CaptureFixture[str], *moments: tuple[float, int], total: int = 100) -> list[str]:
+    """What a log says of a stage that at these times has done so many units."""
+    now = [0.0]
+    with Console("plain", _clock=lambda: now[0]).progress() as progress:
+        progress.stage("sweeping")
+        for second, done in moments:
+            now[0] = second
+            progress.advance(done, total)
+    return [line.removeprefix("sweeping: ") for line in capsys.readouterr().err.splitlines()[1:]]
+
+
+def test_units_of_an_earlier_run_do_not_count_as_fast(capsys: pytest.CaptureFixture[str]) -> None:
+    assert told(capsys, (60.0, 80), (180.0, 82)) == ["80 of 100", "82 of 100, 1/min, 18 min left"]
+
+
+def test_a_stage_that_begins_again_is_timed_again(capsys: pytest.CaptureFixture[str]) -> None:
+    moments = ((1.0, 0), (61.0, 60), (70.0, 0), (130.0, 6))
+    assert told(capsys, *moments) == ["60 of 100, 1/s, 40 s left", "6 of 100, 6/min, 16 min left"]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "done", "total", "said"),
+    [
+        (60, 18_000, 20_000, "18000 of 20000, 300/s, 7 s left"),
+        (7200, 3, 100, "3 of 100, 1.5/h, 64 h 40 min left"),
+        (60, 0, 100, "0 of 100"),
+    ],
+)
+def test_rate_and_time_left_have_units_that_suit_them(
+    capsys: pytest.CaptureFixture[str], seconds: float, done: int, total: int, said: str
+) -> None:
+    assert told(capsys, (0.0, 0), (float(seconds), done), total=total) == [said]
+
+
+def test_a_share_has_no_rate(capsys: pytest.CaptureFixture[str]) -> None:
+    now = [0.0]
+    with Console("plain", _clock=lambda: now[0]).progress() as progress:
+        progress.part("downloading", 0.0)
+        now[0] = 60.0
+        progress.part("downloading", 0.25)
+    assert capsys.readouterr().err.splitlines() == ["downloading", "downloading: 25 %, 3 min left"]
+
+
+@pytest.mark.parametrize("columns", [60, 80, 200])
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_the_bar_is_no_wider_than_the_window(monkeypatch: pytest.MonkeyPatch, columns: int, encoding: str) -> None:
+    stream = Terminal()
+    monkeypatch.setattr(type(stream), "encoding", encoding, raising=False)
+    monkeypatch.setattr(sys, "stderr", stream)
+    for name, value in (("TERM", "xterm"), ("COLUMNS", str(columns)), ("NO_COLOR", "1")):
+        monkeypatch.setenv(name, value)
+    now = [0.0]
+    with Console("human", _clock=lambda: now[0]).progress() as progress:
+        progress.stage("step 3 of 4: sweeping every head, MLP and neuron of \u4e2d at every position")
+        progress.advance(0, 3000)
+        now[0] = 7.0
+        progress.advance(1250, 3000)
+        progress.bar.refresh()
+    shown = stream.getvalue()
+    lines = [re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", line) for line in re.split("[\r\n]", shown)]
+    assert max(map(len, lines)) <= columns
+    assert any("42%" in line and "179/s, 10 s left" in line for line in lines)
+    assert encoding != "ascii" or shown.isascii()
+
+
+WINDOW = """
+import fcntl, os, pty, struct, subprocess, sys, termios
+ours, theirs = pty.openpty()
+fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 60, 0, 0))
+code = "from mechinterp_cli.cli.console import Console; Console.choose().draw(lambda *seen: [str(seen)])"
+done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=theirs)
+print(done.stdout + os.read(ours, 999))
+"""
+
+
+@pytest.mark.parametrize(
+    ("settings", "seen"),
+    [
+        ({}, "(60, False)"),
+        ({"COLUMNS": "80"}, "(80, False)"),
+        ({"NO_COLOR": "1"}, "(60, True)"),
+        ({"PYTHONIOENCODING": "ascii"}, "(60, True)"),
+        ({"TERM": "dumb"}, "(60, True)"),
+    ],
+)
+def test_the_window_is_that_of_stderr_though_stdout_is_captured(settings: dict[str, str], seen: str) -> None:
+    clean = {name: value for name, value in environment().items() if name not in ("COLUMNS", "NO_COLOR")}
+    given = {**clean, "TERM": "xterm-256color", "PYTHONIOENCODING": "utf-8", **settings}
+    done = subprocess.run([sys.executable, "-c", WINDOW], capture_output=True, check=True, text=True, env=given)
+    assert seen in done.stdout
+
+
+@pytest.mark.parametrize(("columns", "width"), [("60", 60), ("0", 100), ("wide", 100), ("3", 20)])
+def test_a_pipe_is_as_wide_as_columns_says(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], columns: str, width: int
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    Console("plain").draw(lambda width, plain: [f"{width} {plain}"])
+    assert capsys.readouterr().err.split() == [str(width), "True"]
 
 
 def test_quiet_says_errors_alone(capsys: pytest.CaptureFixture[str]) -> None:

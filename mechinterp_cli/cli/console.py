@@ -7,7 +7,6 @@ import contextlib
 import io
 import json
 import os
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -21,6 +20,10 @@ Mode = Literal["human", "plain", "quiet"]
 _PLAIN_SECONDS = 60.0
 _DIGITS = 4
 _PLAIN_WIDTH = 100
+_LEAST_WIDTH = 20
+_BAR, _NARROW_BAR, _WIDE = 40, 10, 110
+_BESIDE_BAR = 38
+"""Columns beside the bar: share, rate, time left and time passed."""
 
 
 @dataclass
@@ -54,9 +57,9 @@ class Console:
             return
         from rich.console import Console as RichConsole
 
-        human = self.mode == "human"
-        width = shutil.get_terminal_size((_PLAIN_WIDTH, 24)).columns if human else _PLAIN_WIDTH
-        unicode = (sys.stderr.encoding or "").lower().replace("-", "") == "utf8"
+        human, width = self.mode == "human", _width(sys.stderr)
+        # Without colour a number must stand where the colour told it.
+        unicode = (sys.stderr.encoding or "").lower().replace("-", "") == "utf8" and not os.environ.get("NO_COLOR")
         buffer = io.StringIO()
         rich = RichConsole(file=buffer, width=width, force_terminal=human, markup=False, emoji=False, highlight=False)
         for part in view(width, not human or not unicode):
@@ -99,7 +102,7 @@ class Console:
     @contextlib.contextmanager
     def progress(self) -> Iterator["Reporter"]:
         """Show how far a run is: a bar on a terminal, a line a minute elsewhere."""
-        with _bar() if self.mode == "human" else contextlib.nullcontext() as bar:
+        with _bar(_width(sys.stderr)) if self.mode == "human" else contextlib.nullcontext() as bar:
             yield Reporter(self, bar)
 
 
@@ -113,32 +116,44 @@ class Reporter:
     _stage: str = ""
     _task: Any = None
     _told: float = float("-inf")
+    _done: int = 0
+    _first: tuple[float, int] | None = None
+    """When the stage first said how far it is, and how far: units that an earlier run did take no time."""
 
     def stage(self, text: str) -> None:
         """A step begins."""
-        self._stage, self._told = visible(text), float("-inf")
+        self._stage, self._told, self._first = visible(text), float("-inf"), None
         if self.bar is None:
             self.console.say(text)
             self._told = self.console._clock()
             return
         if self._task is not None:
             self.bar.remove_task(self._task)
-        self._task = self.bar.add_task(self._stage, total=None)
+        self._task = self.bar.add_task(_shortened(self._stage, self.bar.console), total=None, pace="")
 
     def advance(self, done: int, total: int) -> None:
         """So many of all work units are done."""
-        if self.bar is not None and self._task is not None:
-            self.bar.update(self._task, completed=done, total=total)
-        elif self.bar is None and self.console._clock() - self._told >= _PLAIN_SECONDS:
-            self._told = self.console._clock()
-            self.console.say(f"{self._stage}: {done} of {total}")
+        self._show(done, total, f"{done} of {total}", rated=True)
 
     def part(self, text: str, share: float | None) -> None:
         """A step goes on, and which share of it (0 to 1) is done, where that is known."""
         if visible(text) != self._stage:
             self.stage(text)
         if share is not None:
-            self.advance(round(share * 100), 100)
+            percent = round(share * 100)
+            self._show(percent, 100, f"{percent} %", rated=False)
+
+    def _show(self, done: int, total: int, told: str, *, rated: bool) -> None:
+        now = self.console._clock()
+        if self._first is None or done < self._done:  # the stage begins, or begins again
+            self._first = now, done
+        self._done = done
+        pace = _pace(done - self._first[1], total - done, now - self._first[0], rated=rated)
+        if self.bar is not None and self._task is not None:
+            self.bar.update(self._task, completed=done, total=total, pace=", ".join(pace))
+        elif self.bar is None and now - self._told >= _PLAIN_SECONDS:
+            self._told = now
+            self.console.say(f"{self._stage}: {', '.join([told, *pace])}")
 
     def message(self, text: str) -> None:
         """Something a person should know now."""
@@ -148,13 +163,57 @@ class Reporter:
             self.console.say(text)
 
 
-def _bar() -> Any:
+def _pace(done: int, left: int, seconds: float, *, rated: bool) -> list[str]:
+    """Rate and time left in words; nothing before anything is known.
+
+    Args:
+        done: Units that were done.
+        left: Units to come.
+        seconds: In which time.
+        rated: Whether the rate is told.
+    """
+    if done <= 0 or seconds <= 0:
+        return []
+    per_second = done / seconds
+    unit, seconds_of = next(
+        (pair for pair in (("s", 1), ("min", 60), ("h", 3600)) if per_second * pair[1] >= 1), ("h", 3600)
+    )
+    rate = f"{per_second * seconds_of:,.0f}" if per_second * seconds_of >= 100 else f"{per_second * seconds_of:.2g}"
+    time_left = [f"{_duration(left / per_second)} left"] if left > 0 else []
+    return [*([f"{rate}/{unit}"] if rated else []), *time_left]
+
+
+def _duration(seconds: float) -> str:
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def _bar_width(width: int) -> int:
+    return _BAR if width >= _WIDE else _NARROW_BAR
+
+
+def _shortened(stage: str, window: Any) -> str:
+    """A stage's name in what the bar leaves of the window; what its encoding lacks is escaped."""
+    shown, room = _encodable(stage, window.encoding), max(8, window.width - _bar_width(window.width) - _BESIDE_BAR)
+    return shown if len(shown) <= room else f"{shown[: room - 3]}..."
+
+
+def _bar(width: int) -> Any:
     """Build a progress display on stderr; token text in it is never read as markup. NO_COLOR is honoured by rich."""
     from rich.console import Console as RichConsole
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
-    return Progress(*columns, console=RichConsole(stderr=True), transient=True)
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(_bar_width(width)),
+        TaskProgressColumn(),
+        TextColumn("{task.fields[pace]}", markup=False),
+        TimeElapsedColumn(),
+    )
+    return Progress(*columns, console=RichConsole(stderr=True, width=width), transient=True)
 
 
 def _aligned(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -184,10 +243,28 @@ def _is_terminal(stream: TextIO | None) -> bool:
     return stream is not None and not stream.closed and stream.isatty()
 
 
+def _width(stream: TextIO | None) -> int:
+    """Columns of the window that a stream is shown in: what COLUMNS says, else what the terminal says."""
+    chosen = os.environ.get("COLUMNS", "")
+    if chosen.isdecimal() and int(chosen) > 0:
+        return max(_LEAST_WIDTH, int(chosen))
+    # stdout may be captured (`RUN=$(mechinterp ...)`), so its size is not asked for.
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        columns = os.get_terminal_size(stream.fileno()).columns if stream is not None else 0
+        if columns > 0:
+            return max(_LEAST_WIDTH, columns)
+    return _PLAIN_WIDTH
+
+
+def _encodable(text: str, encoding: str | None) -> str:
+    """Text in which what an encoding lacks is escaped."""
+    encoding = encoding or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
+
+
 def _write(stream: TextIO, text: str) -> None:
     """Write text; what the stream's encoding lacks is escaped."""
-    encoding = getattr(stream, "encoding", None) or "utf-8"
-    _send(stream, lambda: stream.write(text.encode(encoding, "backslashreplace").decode(encoding)))
+    _send(stream, lambda: stream.write(_encodable(text, getattr(stream, "encoding", None))))
 
 
 def _write_bytes(stream: TextIO, data: bytes) -> None:
