@@ -120,7 +120,7 @@ class Ends:
 def trapezoid(sizes: Sequence[float]) -> Floats:
     """[sizes] weights of the trapezoid rule over linear sizes; 0 for a single one."""
     steps = np.diff(np.asarray(sizes, dtype=np.float64))
-    return (np.concatenate([steps, [0.0]]) + np.concatenate([[0.0], steps])) / 2
+    return np.asarray((np.concatenate([steps, [0.0]]) + np.concatenate([[0.0], steps])) / 2)
 
 
 def band(draws: Floats) -> Row:

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -69,7 +70,7 @@ def resolve(loaded: LoadedConfig, name: str, given: Given, graph: Graph, topolog
     if given.file is not None:
         kept, notes = _from_file(loaded, path_of_file, given.file, graph)
     for place, edge in enumerate(given.edges):
-        kept[_located(loaded, (*path, "edges", place), lambda edge=edge: _edges(graph, edge))] = True
+        kept[_located(loaded, (*path, "edges", place), partial(_edges, graph, edge))] = True
     by_nodes = bool(given.heads or given.mlps)
     if by_nodes:
         kept |= edges_among(topology, _nodes(loaded, path, given, graph))
@@ -94,7 +95,7 @@ def _nodes(loaded: LoadedConfig, path: KeyPath, given: CircuitSet, graph: Graph)
     """[nodes] that are named."""
     nodes = np.zeros(len(graph.sources) + 1, dtype=bool)
     for place, name in enumerate(given.heads):
-        nodes[_located(loaded, (*path, "heads", place), lambda name=name: [_head(graph, name)])] = True
+        nodes[_located(loaded, (*path, "heads", place), partial(_head, graph, name))] = True
     mlps = [source for source in graph.sources if source.kind == "mlp"]
     layers = [source.layer for source in mlps] if given.mlps == "all" else given.mlps
     for place, layer in enumerate(layers):
@@ -106,8 +107,8 @@ def _nodes(loaded: LoadedConfig, path: KeyPath, given: CircuitSet, graph: Graph)
     return nodes
 
 
-def _head(graph: Graph, name: str) -> int:
-    """The source that a head is.
+def _head(graph: Graph, name: str) -> list[int]:
+    """The source that a head is, alone.
 
     Raises:
         UserError: There is no such head.
@@ -121,7 +122,7 @@ def _head(graph: Graph, name: str) -> int:
         heads = sum(other.kind == "head" and other.layer == 0 for other in graph.sources)
         problem = f"there is no head {name}: layers are 0..{layers - 1}, heads 0..{heads - 1}"
         raise UserError(problem, "Head 6 of layer 9 is 9.6.")
-    return graph.source_index[source]
+    return [graph.source_index[source]]
 
 
 def _edges(graph: Graph, name: str) -> list[int]:

@@ -129,7 +129,7 @@ def edges_table(
                     "ci_low": _nullable(low),
                     "ci_high": _nullable(high),
                     "ci_method": look_up(["none", "t"], pa.string(), known.astype(np.int64)),
-                    **{rank: pa.array(_places(score.values, rank), pa.int32()) for rank in RANKS},
+                    **{str(rank): pa.array(_places(score.values, rank), pa.int32()) for rank in RANKS},
                     "n": pa.array(np.full(len(every), len(clusters)), pa.int32()),
                 }
             )
