@@ -1,5 +1,6 @@
 """`mechinterp`: the commands, and the one place where errors become messages and exit codes."""
 
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -71,6 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code (see `errors.ExitCode`).
     """
     state, console = State(), Console.choose()
+    if "_MECHINTERP_COMPLETE" in os.environ:  # a shell waits; looking for plugins would take a fifth of its time
+        os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     try:
         code = app(args=arguments, prog_name="mechinterp", standalone_mode=False, obj=state)
     except MechinterpError as error:

@@ -76,7 +76,9 @@ class _Writer:
         if section is not None and (not there or isinstance(value, dict)):
             yield from _prose(told, indent)
             yield f"{mark}{key}:"
-            yield from self.section(section, value if there else {}, indent + _STEP, off=not there)
+            yield from self.section(
+                section, value if isinstance(value, dict) and there else {}, indent + _STEP, off=not there
+            )
         elif there and isinstance(value, list) and value and isinstance(value[0], dict):
             yield from _prose(told, indent)
             yield f"{mark}{key}:"

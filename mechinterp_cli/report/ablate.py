@@ -19,6 +19,7 @@ from mechinterp_cli.report.positions import position_curves
 from mechinterp_cli.report.rows import Row, chosen_metric, distinct, having, records, without
 from mechinterp_cli.report.sentences import named_tables, strongest_sentence
 from mechinterp_cli.report.shapes import Curves, Dots, Picture
+from mechinterp_cli.report.sparkline import terminal_curves
 from mechinterp_cli.report.tables import line
 from mechinterp_cli.report.terminal import terminal_heatmap
 from mechinterp_cli.report.training import trial_curves
@@ -90,8 +91,7 @@ class AblateView:
         about = (*self.about, self.trials.metric)
         yield from self.maps
         for metric in distinct(self.curve, "metric"):
-            rows = _ranked(having(self.curve, metric=metric))
-            made = causal_curves(rows, self.about, title="Effect of ablating the top of a ranking", noun=self.noun)
+            made = self._ranking_curves(having(self.curve, metric=metric))
             yield from [(f"curve-{metric}", made)] if made is not None else []
         pairs, sets = interaction_map(self.interactions, about), circuit_dots(self.circuits, about)
         yield from [("interactions", pairs)] if pairs is not None else []
@@ -99,6 +99,10 @@ class AblateView:
         yield from contrast_dots(self.contrasts, about, count=self.count)
         yield from position_curves(self.positions, self.trials, self.about)
         yield from [("training", self._along_training())] if self.checkpoints.several and len(self.followed) else []
+
+    def _ranking_curves(self, curve: pd.DataFrame) -> Curves | None:
+        title = "Effect of ablating the top of a ranking"
+        return causal_curves(_ranked(curve), self.about, title=title, noun=self.noun)
 
     @property
     def followed(self) -> pd.DataFrame:
@@ -127,12 +131,18 @@ class AblateView:
         yield from [told] if told is not None else []
         ranked = _ranked(self._first(self.curve))
         yield from causal_tables(ranked, width=width, plain=plain, noun=self.noun)
+        if not plain:  # the tables above have the same few numbers
+            yield from terminal_curves(self._ranking_curves(self._first(self.curve)), width=width, plain=plain)
         if sentences := causal_sentences(ranked, pd.DataFrame(), noun=self.noun):
             yield Group(*[line(sentence, plain) for sentence in sentences])
         yield from circuit_tables(self.circuits, self.trials.sets, width=width, plain=plain)
         pairs = interaction_table(self.interactions, count=10, width=width, plain=plain)
         yield from [pairs] if pairs is not None else []
         yield from contrast_tables(self.contrasts, count=self.count, width=width, plain=plain)
+        for _, along in position_curves(self.positions, self.trials, self.about):
+            yield from terminal_curves(along, width=width, plain=plain)
+        if self.checkpoints.several and len(self.followed):
+            yield from terminal_curves(self._along_training(), width=width, plain=plain)
         yield from word_tables(self.words, self.prompts, self.trials, width=width, plain=plain)
 
     def _first(self, rows: pd.DataFrame) -> pd.DataFrame:

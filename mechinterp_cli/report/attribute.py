@@ -27,6 +27,7 @@ from mechinterp_cli.report.patch import first_tokens, names_vary
 from mechinterp_cli.report.rows import Row, chosen_metric, having, records
 from mechinterp_cli.report.sentences import named_tables, strongest_sentence
 from mechinterp_cli.report.shapes import Curves, Dots, Picture
+from mechinterp_cli.report.sparkline import terminal_curves
 from mechinterp_cli.report.tables import line
 from mechinterp_cli.report.terminal import describe_place, terminal_heatmap
 from mechinterp_cli.report.token_page import token_page
@@ -145,6 +146,8 @@ class AttributeView:
             yield Group(*[line(sentence, plain) for sentence in sentences])
         yield from direct_tables(self.parts, self.about, count=self.count, width=width, plain=plain)
         yield from lens_tables(self.lens, self.tokens, self.about, width=width, plain=plain)
+        yield from terminal_curves(lens_curves(self.lens, self.about), width=width, plain=plain)
+        yield from terminal_curves(self._along_training(), width=width, plain=plain)
         yield from terminal_tokens(self.inputs, self.metric, width=width, plain=plain)
         yield from span_table(self.spans, self.metric, width=width, plain=plain)
         yield from completeness_lines(self.completeness, self.metric, plain=plain)

@@ -15,6 +15,7 @@ from mechinterp_cli.report.circuit_graph import MAX_EDGES, GraphPicture, graph_p
 from mechinterp_cli.report.rows import Row, distinct, having, records
 from mechinterp_cli.report.sentences import named_tables
 from mechinterp_cli.report.shapes import Curves, Dots, Picture
+from mechinterp_cli.report.sparkline import terminal_curves
 from mechinterp_cli.report.tables import Column, line, text_table
 from mechinterp_cli.runs.manifest import Manifest
 
@@ -123,6 +124,8 @@ class CircuitView:
         """What rich prints: areas, curves, overlap, stability, tests, edges."""
         yield from self._areas(width, plain)
         yield from self._curves(width, plain)
+        faithful = faithfulness_curves(self._first(self.faithfulness), self.about)
+        yield from terminal_curves(faithful, width=width, plain=plain)
         yield from self._overlap(width, plain)
         yield from self._tests(width, plain)
         yield from self._edges(width, plain)

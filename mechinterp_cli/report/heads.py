@@ -15,7 +15,8 @@ from mechinterp_cli.report.grid import Heatmap
 from mechinterp_cli.report.rows import chosen_metric, having
 from mechinterp_cli.report.scores import from_name, head_name, of_score, score_map, scores_in, strongest_heads
 from mechinterp_cli.report.sentences import certainty
-from mechinterp_cli.report.shapes import AttentionPanel, AttentionPicture, Picture
+from mechinterp_cli.report.shapes import AttentionPanel, AttentionPicture, Curves, Picture
+from mechinterp_cli.report.sparkline import terminal_curves
 from mechinterp_cli.report.tables import Column, line, text_table
 from mechinterp_cli.report.terminal import terminal_heatmap
 from mechinterp_cli.report.training import checkpoint_table, score_curves
@@ -83,9 +84,12 @@ class HeadsView:
         if proof is not None:
             found.append(("causal", curves.drawing(proof)))
         if self.checkpoints.several:
-            along = score_curves(self.everywhere, self.baselines, self.checkpoints, self.scores, self.about)
+            along = self._along_training()
             found += [("training", curves.drawing(along))] if along is not None else []
         return found
+
+    def _along_training(self) -> Curves | None:
+        return score_curves(self.everywhere, self.baselines, self.checkpoints, self.scores, self.about)
 
     def draw(self, width: int, plain: bool) -> Iterator[Any]:
         """What rich prints: the first map, the strongest heads, the ablations, checkpoints, a sentence per score."""
@@ -93,10 +97,13 @@ class HeadsView:
             yield terminal_heatmap(self.maps[0][1], width=width, plain=plain)
             yield self._heads_table(width, plain)
         if self.checkpoints.several:
+            yield from terminal_curves(self._along_training(), width=width, plain=plain)
             yield checkpoint_table(
                 self.everywhere, self.baselines, self.checkpoints, self.scores, width=width, plain=plain
             )
         yield from causal_tables(self.causal, width=width, plain=plain, other=self.gap)
+        if not plain:  # the tables above have the same few numbers
+            yield from terminal_curves(causal_curves(self.causal, ()), width=width, plain=plain)
         if sentences := causal_sentences(self.causal, self.single):
             yield Group(*[line(sentence, plain) for sentence in sentences])
 

@@ -22,6 +22,7 @@ from mechinterp_cli.report.probe_verdicts import adjusted, questions, telling, v
 from mechinterp_cli.report.rows import Row, chosen_metric, distinct, having, without
 from mechinterp_cli.report.sentences import certainty, named_tables
 from mechinterp_cli.report.shapes import Curves, Histogram, Picture
+from mechinterp_cli.report.sparkline import terminal_curves
 from mechinterp_cli.runs.manifest import Manifest
 
 SCORES = ("label", "probe", "measure", "score", "ci_low", "ci_high", "p", "p_adjusted", "selectivity")
@@ -85,9 +86,13 @@ class ProbeView:
         yield "downstream", downstream_curves(self.downstream, self.scores.about, self.scores.measure)
 
     def draw(self, width: int, plain: bool) -> Iterator[Any]:
-        """What rich prints: the best places beside their baselines, then whether they are used."""
+        """What rich prints: the best places beside their baselines, scores by layer, then whether they are used."""
         yield from score_tables(self.scores, count=self.count, width=width, plain=plain)
+        for kind in distinct(self.scores.own, "site"):
+            yield from terminal_curves(score_curves(self.scores, kind), width=width, plain=plain)
         yield from verdict_tables(self.verdicts, self.effects.rows, count=self.count, width=width, plain=plain)
+        for kind in distinct(self.effects.rows, "site"):
+            yield from terminal_curves(layer_curves(self.effects, kind), width=width, plain=plain)
 
     def headline(self) -> list[dict[str, Any]]:
         """The best places and the verdicts as plain data."""
