@@ -18,7 +18,7 @@ STYLES = ("cyan", "yellow", "green", "magenta", "blue", "bright_red")
 """The terminal's own colours, which can be read on its ground, be it dark or light."""
 LEAST = 3
 """Points; fewer are told by tables."""
-MAX_CURVES, MAX_PANELS = 8, 4
+MAX_CURVES, MAX_PANELS = 8, 6
 MAX_CELLS = 3
 """Columns that a point takes at most; a digit takes one."""
 LEAST_ROOM = 6
