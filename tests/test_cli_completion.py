@@ -4,7 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
-import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -143,15 +143,32 @@ def test_nothing_heavy_is_imported(line: str) -> None:
     assert done.stdout.strip()
 
 
-def test_an_answer_costs_less_than_four_tenths_of_a_second() -> None:
-    def seconds() -> float:
+BARE = """
+import pathlib, sys, typer
+from typing import Annotated
+app = typer.Typer(rich_markup_mode=None)
+app.callback()(lambda: None)
+@app.command("show")
+def show(run: Annotated[pathlib.Path, typer.Argument()], other: str = "") -> None: ...
+try:
+    app(args=["show", "x"], prog_name="bare")
+except SystemExit:
+    pass
+"""
+
+
+def test_an_answer_costs_little_more_than_typer_itself() -> None:
+    """Processor time, as other processes lengthen the wall clock's. Most of it goes to pydantic, by which Typer reads arguments."""
+
+    def seconds(ask: Callable[[], object]) -> float:
         before = os.times()
-        asked("mechinterp patch conf")
+        ask()
         after = os.times()
         return after.children_user + after.children_system - before.children_user - before.children_system
 
-    start = time.perf_counter()
-    spent = [seconds()]
-    while min(spent) >= 0.4 and time.perf_counter() - start < 20:
-        spent.append(seconds())
-    assert min(spent) < 0.4
+    def bare() -> object:
+        return subprocess.run([sys.executable, "-c", BARE], check=True, capture_output=True)
+
+    spent = [(seconds(bare), seconds(lambda: asked("mechinterp patch conf"))) for _ in range(4)]
+    least, answered = (min(column) for column in zip(*spent, strict=True))
+    assert answered < 1.7 * least
