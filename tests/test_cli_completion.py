@@ -158,7 +158,7 @@ except SystemExit:
 
 
 def test_an_answer_costs_little_more_than_typer_itself() -> None:
-    """Processor time, as other processes lengthen the wall clock's. Most of it goes to pydantic, by which Typer reads arguments."""
+    """Processor time. Most of it goes to pydantic, by which Typer reads arguments."""
 
     def seconds(ask: Callable[[], object]) -> float:
         before = os.times()
