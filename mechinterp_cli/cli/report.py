@@ -5,9 +5,13 @@ from typing import Annotated
 
 import typer
 
+from mechinterp_cli.cli.completion import complete_run
 from mechinterp_cli.cli.console import Console
 
-Runs = Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories.", show_default=False)]
+Runs = Annotated[
+    list[Path],
+    typer.Argument(metavar="RUN...", help="Run directories.", show_default=False, autocompletion=complete_run),
+]
 Output = Annotated[
     Path | None,
     typer.Option("--output", "-o", metavar="FILE", help="Write the page there; RUN/report.html for one run."),
