@@ -7,10 +7,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from mechinterp_cli.engine.edge_patching import EdgePatching
 from mechinterp_cli.errors import RunError
 from mechinterp_cli.methods.circuit import evaluating, scoring
 from mechinterp_cli.methods.resume import resume_experiment
 from mechinterp_cli.methods.run import dry_run, run_experiment
+from mechinterp_cli.report.cells import number
 from mechinterp_cli.runs.outcome import SilentProgress
 from tests.experiments import Run, config_of, run_method
 
@@ -62,7 +64,7 @@ def test_faithfulness_and_areas_are_of_the_evaluations(small: Run) -> None:
             assert row["ci_low"] - 1e-9 <= row["faithfulness"] <= row["ci_high"] + 1e-9
     quality = small.table("quality").set_index(["score", "rank", "metric", "measure"])["value"]
     for rank in ("signed", "absolute"):
-        f = [float(rows.loc[("eap", rank, size, "logit_diff"), "faithfulness"]) for size in SIZES]
+        f = [number(rows.loc[("eap", rank, size, "logit_diff"), "faithfulness"]) for size in SIZES]
         assert quality["eap", rank, "logit_diff", "cpr"] == pytest.approx(np.trapezoid(f, SIZES))
         assert quality["eap", rank, "logit_diff", "cmd"] == pytest.approx(np.trapezoid(np.abs(1 - np.array(f)), SIZES))
         assert f[-1] == pytest.approx(1, abs=1e-5)
@@ -126,7 +128,7 @@ def test_nodes_keep_the_edges_among_them(tmp_path: Path) -> None:
     run = bare(tmp_path, {"scores": ["eap"], "granularity": "nodes", "sizes": [0.5, 1.0]})
     rows = run.table("faithfulness").set_index(["rank", "size"])
     assert rows.loc[("signed", 0.5), "asked"] == 5
-    assert rows.loc[("signed", 0.5), "nodes"] <= 5
+    assert number(rows.loc[("signed", 0.5), "nodes"]) <= 5
     assert rows.loc[("signed", 1.0), "faithfulness"] == pytest.approx(1, abs=1e-5)
 
 
@@ -174,12 +176,12 @@ def test_what_is_saved_is_not_computed_again_and_the_tables_are_the_same(
     loaded = config_of(tmp_path, section, method="circuit", task=TASK)
     with monkeypatch.context() as patch, pytest.raises(RunError):
         calls = iter(range(2))
-        run = evaluating.EdgePatching.run
+        run = EdgePatching.run
 
         def twice(*arguments: Any, **options: Any) -> Any:
             return run(*arguments, **options) if next(calls, None) is not None else broken()
 
-        patch.setattr(evaluating.EdgePatching, "run", twice)
+        patch.setattr(EdgePatching, "run", twice)
         run_experiment(loaded, out=tmp_path / "stopped", progress=SilentProgress())
     (path,) = (tmp_path / "stopped").iterdir()
     units = sorted(unit.stem for unit in (path / "units").iterdir())

@@ -35,8 +35,8 @@ def test_heads_stand_beside_those_of_patch(circuit: Run, tmp_path: Path) -> None
     assert set(rows.index) == set(HEADS)
     assert set(rows["estimator"]) == {"eap"}
     estimates = circuit.table("summary").set_index("label")["normalized"]
-    measured = patched.table("summary")
-    measured = measured[measured["aggregate"] == "ratio_of_means"].set_index("label")["normalized"]
+    rows_b = patched.table("summary")
+    measured = rows_b[rows_b["aggregate"] == "ratio_of_means"].set_index("label")["normalized"]
     for label in HEADS:
         assert rows.loc[label, "a"] == pytest.approx(estimates[label])
         assert rows.loc[label, "b"] == pytest.approx(measured[label])
@@ -46,8 +46,8 @@ def test_heads_stand_beside_those_of_ablate(circuit: Run, tmp_path: Path) -> Non
     ablated = run_method(
         tmp_path, "ablate", {"units": [{"kind": "head"}, {"kind": "mlp"}], "values": ["zero"]}, task=TASK
     )
-    for sides in ((circuit, ablated), (ablated, circuit)):
-        found = compare(*(read_side(run.path) for run in sides))
+    for a, b in ((circuit, ablated), (ablated, circuit)):
+        found = compare(read_side(a.path), read_side(b.path))
         assert len(common(found)) == 8
         mlps = found.rows[(found.rows["site"] == "mlp_out") & ~found.rows["state"].isin(["only_a", "only_b"])]
         assert len(mlps) == 2

@@ -65,7 +65,7 @@ def test_an_edge_into_a_shared_key_is_kept_where_one_head_keeps_it_and_that_is_t
     path = tmp_path / "x.json"
     path.write_text(json.dumps({"cfg": {}, "nodes": {}, "edges": edges}))
     kept, notes = from_json(path, graph)
-    assert [graph.edge_name(edge) for edge in np.flatnonzero(kept)] == ["embed->a0.h0.k"]
+    assert [graph.edge_name(edge) for edge in np.flatnonzero(kept).tolist()] == ["embed->a0.h0.k"]
     assert "1 edges into shared keys and values" in notes[0]
 
 

@@ -110,10 +110,10 @@ def test_the_same_circuit_comes_of_other_prompts(run: Run) -> None:
 
 def test_nodes_outside_the_circuit_have_no_effect(run: Run) -> None:
     rows = run.table("summary")
-    rows = rows[rows["estimator"] == "eap_ig_inputs"].set_index("label")["effect"]
+    effects = rows[rows["estimator"] == "eap_ig_inputs"].set_index("label")["effect"]
     within = {"embed, layer 0", "z, layer 0, head 1", "z, layer 1, head 2"}
-    assert rows[list(within)].max() < -1
-    assert rows.drop(list(within)).abs().max() <= 1e-4
+    assert effects[list(within)].max() < -1
+    assert effects.drop(list(within)).abs().max() <= 1e-4
 
 
 def test_any_strictly_smaller_circuit_has_less(planted: LoadedModel) -> None:

@@ -173,7 +173,8 @@ def test_hsic_is_its_definition() -> None:
     def kernel(values: Floats) -> Floats:
         distance = np.abs(np.subtract.outer(values, values))
         width = np.median([distance[i, j] for i in range(12) for j in range(i)])
-        return np.exp(-(distance**2) / (2 * width**2))
+        found: Floats = np.exp(-(distance**2) / (2 * width**2))
+        return found
 
     centre = np.eye(12) - 1 / 12
 

@@ -1,6 +1,7 @@
 """Pictures and tables of circuits, from frames made by hand."""
 
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -21,11 +22,11 @@ PLANTED = [
 ]
 
 
-def edges(rows: list[tuple[str, str, str | None, float]]) -> pd.DataFrame:
+def edges(rows: Sequence[tuple[str, str, str | None, float]]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["source", "target", "input", "value"])
 
 
-def picture(rows: list[tuple[str, str, str | None, float]], heads: int = 4, grouped: int = 1) -> GraphPicture:
+def picture(rows: Sequence[tuple[str, str, str | None, float]], heads: int = 4, grouped: int = 1) -> GraphPicture:
     found = graph_picture(edges(rows), title="A circuit", lines=("task",), heads=heads, grouped=grouped)
     assert found is not None
     return found

@@ -13,7 +13,7 @@ from mechinterp_cli.report.shapes import Curve, CurvePanel, Curves, y_range
 NAN = math.nan
 
 
-def curve(x: tuple[float | str, ...], y: tuple[float, ...], name: str = "a", **band: tuple[float, ...]) -> Curve:
+def curve(x: tuple[float | str, ...], y: tuple[float, ...], name: str = "a", **band: Any) -> Curve:
     return Curve(name=name, x=x, y=y, **band)
 
 

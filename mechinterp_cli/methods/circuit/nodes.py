@@ -37,12 +37,12 @@ def node_summary(layout: Layout, scores: Sequence[Scored], streams: Mapping[str,
     frames = []
     for number, score in enumerate(score for score in scores if score.name in LINEAR):
         assert score.by_prompt is not None
-        effects = layout.sign * node_scores(layout.topology, score.by_prompt)[:-1]
+        effects = layout.sign * node_scores(layout.topology, np.asarray(score.by_prompt, dtype=np.float64))[:-1]
         found = Effects(effects, np.full(effects.shape, Status.OK, dtype=np.int8), scale)
         numbers = pd.DataFrame({"trial": np.arange(len(effects)) + number * len(effects), **_columns(found, clusters)})
         steps = pd.array([score.steps] * len(effects), dtype="Int32")
-        about = {"estimator": score.name, "steps": steps, "metric": layout.metric}
-        frames.append(pd.concat([numbers, places], axis=1).assign(**about))
+        frame = pd.concat([numbers, places], axis=1)
+        frames.append(frame.assign(estimator=score.name, steps=steps, metric=layout.metric))
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
 
 

@@ -193,7 +193,7 @@ def _path(topology: Topology, draw: Draw) -> list[int]:
     """A random path: from the logits up, each time one of the edges into a node."""
     node, path = len(topology.nodes) - 1, list[int]()
     while node != 0:
-        edge = int(draw.choice(topology.into[node]))
+        edge: int = draw.choice(topology.into[node].tolist())
         path.append(edge)
         node = int(topology.source[edge])
     return path
