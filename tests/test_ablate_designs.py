@@ -211,7 +211,9 @@ def check_values(found: Case, values: Sequence[str]) -> None:
             found.check(value, stand, add=value == "noise")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family", [pytest.param(name, marks=pytest.mark.slow) if name == "llama" else name for name in FAMILIES]
+)
 def test_every_unit_and_value_alone(case: Make, family: str) -> None:
     check_values(case(family, {"units": UNITS, "values": ALL, **DRAWS}), ALL)
 

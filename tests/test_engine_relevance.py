@@ -370,7 +370,9 @@ def test_a_secant_goes_through_zero_and_has_a_limit_there(function: Any, at_zero
     wide = x.detach().double()
     exact = (function(wide) - function(torch.zeros(1).double())) / wide
     far = wide.abs() > 0.01
-    assert torch.allclose(slope[far], exact[far], rtol=1e-2 if dtype == torch.bfloat16 else 1e-6)
+    # the function's own float32 value at −2 is a small difference of large terms
+    tolerance = {torch.bfloat16: 1e-2, torch.float32: 1e-5, torch.float64: 1e-6}[dtype]
+    assert torch.allclose(slope[far], exact[far], rtol=tolerance)
     near = torch.where((function is F.relu) & (wide != 0), (wide > 0).double(), at_zero)
     assert torch.allclose(slope[~far], near[~far], rtol=1e-2 if dtype == torch.bfloat16 else 1e-3)
 

@@ -236,7 +236,7 @@ def test_a_config_without_the_section_or_with_another(refused: Refused) -> None:
     nothing = GOOD[: GOOD.index("heads:")] + GOOD[GOOD.index("output:") :]
     refused(
         nothing,
-        "c.yaml: no method section; one of these is needed: ablate, attribute, heads, patch, probe",
+        "c.yaml: no method section; one of these is needed: ablate, attribute, circuit, heads, patch, probe",
         "Add a section such as `heads:`.",
     )
     patch = nothing + "patch: {sites: [{kind: z}]}\n"

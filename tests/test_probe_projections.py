@@ -77,7 +77,7 @@ def test_every_place_has_each_sample_once_with_its_own_label(table: dict[str, pd
 
 def test_shares_on_the_right_side_are_the_scores(table: dict[str, pd.DataFrame]) -> None:
     rows, scores = table["projections"], table["probes"]
-    scores = scores[scores["fold"].isna()]
+    scores = scores[scores["fold"].isna() & (scores["target"] == "label")]
     second = sorted(set(rows["class"]))[1]
     for (label, probe), part in rows.groupby(["label", "probe"]):
         right = ((part["projection"] > 0) == (part["class"] == second)).mean()
@@ -92,7 +92,7 @@ def test_of_many_samples_the_best_places_are_kept(
     section = {"sites": SITES, "probes": ["logistic"], "folds": 3, "baselines": [], "penalties": [0.01]}
     run = run_method(tmp_path, "probe", section | {"control": False}, task=TASK)
     rows, scores = run.table("projections"), run.table("probes")
-    scores = scores[scores["fold"].isna()]
+    scores = scores[scores["fold"].isna() & (scores["target"] == "label")]
     assert set(rows["site"]) == {"resid_post", "z"}
     for site, part in rows.groupby("site"):
         best = scores[scores["site"] == site]["score"].max()

@@ -238,6 +238,8 @@ def check_setting(loaded: LoadedConfig, block: int, bound: Interchange, model: L
 
 def path_status(specs: Sequence[PathSpec], bound: Interchange) -> npt.NDArray[np.int8]:
     """[paths, prompts] of `Status`: nothing is sent where the streams do not differ."""
+    if not specs:
+        return np.empty((0, len(bound.prompts.prompts)), dtype=np.int8)
     own = [Status.OK if differs else Status.TRIVIAL for differs in bound.differs]
     return np.tile(np.array(own, dtype=np.int8), (len(specs), 1))
 

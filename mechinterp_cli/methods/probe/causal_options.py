@@ -35,9 +35,9 @@ class CausalOptions(BaseConfig):
     strengths: Strengths = (-4.0, -2.0, -1.0, 1.0, 2.0, 4.0)
     """How far to steer, in standard deviations of the projections of the activations that the probe was fitted on.
     Where a metric is about each prompt's own answer, look at groups of prompts: over both labels effects cancel."""
-    random_strengths: Literal["all"] | Strengths | None = None
-    """At which strengths random directions are steered along, too: `all`, or some of `strengths`; by default the one
-    that is largest. Each costs as much as erasing does."""
+    random_strengths: Literal["all"] | tuple[Number, ...] | None = None
+    """At which strengths random directions are steered along, too: `all`, some of `strengths`, or none (`[]`: steering
+    gets no verdict then); by default the one that is largest. Each costs as much as erasing does."""
     into: Annotated[tuple[Stream, ...], Field(min_length=1), AfterValidator(unique)] = ("clean",)
     """Into which prompt `swap` puts the other one's component: `clean`, `corrupt`, or both."""
     random: Count = FEWEST_DRAWS
