@@ -81,7 +81,8 @@ def test_config_has_a_plan(path: Path, run: Main) -> None:
     kind = path.stem.split("-")[0]
     plan = json.loads(run(kind, path, "--dry-run"))
     task = load(path).config.resolved()["task"]
-    assert plan["prompts"] == (task["n"] or len(task["texts"]) if "n" in task else 64)  # else a file of 64 texts
+    texts = task["texts"] if "texts" in task else (path.parent / "previous-symbol.csv").read_text().splitlines()[1:]
+    assert plan["prompts"] == (task["n"] or len(texts))
     if kind == "ablate":
         plan = plan["values"][load(path).config.resolved()["ablate"]["values"][0]]
     elif kind == "heads":
