@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import pyarrow as pa
+from pandas.api.types import is_numeric_dtype
 
 from mechinterp_cli.runs.schema import table_keys
 
@@ -17,6 +18,9 @@ INFERRED = frozenset(
 )
 """What statistics make of the numbers. Compared where the effect is the same to the last bit and beyond the tolerance:
 elsewhere a sign that rounding turned can tip a p-value, and the numbers themselves are what counts."""
+
+MEASURED = ("effect", "value", "mean", "difference", "score", "statistic")
+"""What a table's statistics are of: the first of these that it has as numbers."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +90,7 @@ def table_differences(name: str, recorded: pa.Table, repeated: pa.Table, toleran
 
 def _inferred_alike(before: pd.DataFrame, now: pd.DataFrame, tolerance: Tolerance) -> npt.NDArray[np.bool_]:
     """Rows whose statistics must be the same (see `INFERRED`)."""
-    column = next(name for name in ("effect", "value", "mean") if name in before)
+    column = next(name for name in MEASURED if name in before and is_numeric_dtype(before[name]))
     first, second = (frame[column].to_numpy(dtype=np.float64, na_value=np.nan) for frame in (before, now))
     alike: npt.NDArray[np.bool_] = (first == second) & (np.abs(first) > tolerance.atol)
     return alike
