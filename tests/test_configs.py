@@ -157,7 +157,7 @@ def test_the_toy_config_leaves_a_whole_run_directory_and_runs_again_from_it(tmp_
     [
         ("patch-ioi", 1, ["task.n=3"]),
         ("patch-ioi-heads", 1, ["task.n=2"]),
-        ("patch-facts-tracing", 3, ["task.n=3", "patch.tracing.draws=2"]),
+        pytest.param("patch-facts-tracing", 3, ["task.n=3", "patch.tracing.draws=2"], marks=pytest.mark.slow),
     ],
 )
 def test_the_configs_of_the_real_model_run(
@@ -182,6 +182,7 @@ def test_the_toy_config_of_heads_leaves_a_whole_run_directory(tmp_path: Path, ru
     assert [part["checkpoint"] for part in manifest.model["checkpoints"]] == ["step0", "step1500"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fetched")
 def test_the_configs_of_heads_of_the_real_model_run(tmp_path: Path, run: Main) -> None:
     few = ["task.n=6", "heads.layers=[17, 18]", "heads.show=1", "heads.tokens=50"]
@@ -239,10 +240,16 @@ def test_the_configs_of_ablate_on_the_toys_leave_whole_run_directories(
             {"curve", "positions"},
             ["task.n=3", "ablate.cumulative.random=1", "ablate.cumulative.k=[1, 4]"],
         ),
-        ("ablate-pairs", 1, {"interactions"}, ["task.n=3"]),
+        pytest.param("ablate-pairs", 1, {"interactions"}, ["task.n=3"], marks=pytest.mark.slow),
         # A map for each block of edges, and the two groups side by side; the loss by position for each length of text.
         ("ablate-shortcut", 2 + 1, {"contrasts"}, ["task.n=8"]),
-        ("ablate-text", 4, {"positions", "words"}, ["ablate.generate=2", "ablate.generate_prompts=1"]),
+        pytest.param(
+            "ablate-text",
+            4,
+            {"positions", "words"},
+            ["ablate.generate=2", "ablate.generate_prompts=1"],
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_the_configs_of_ablate_on_the_real_model_run(
