@@ -348,7 +348,11 @@ def test_the_planted_config_of_circuit_leaves_a_whole_run_directory(tmp_path: Pa
 
 @pytest.mark.usefixtures("fetched")
 @pytest.mark.parametrize(
-    ("name", "scores"), [pytest.param("circuit-ioi", 3, marks=pytest.mark.slow), ("circuit-greater-than", 2)]
+    ("name", "scores"),
+    [
+        pytest.param("circuit-ioi", 3, marks=pytest.mark.slow),
+        pytest.param("circuit-greater-than", 2, marks=pytest.mark.slow),
+    ],
 )
 def test_the_configs_of_circuit_on_the_real_model_run(tmp_path: Path, run: Main, name: str, scores: int) -> None:
     source = ROOT / "configs" / f"{name}.yaml"
