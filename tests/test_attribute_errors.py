@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from benchmarks.tiny import tiny_model
 from mechinterp_cli import models
 from mechinterp_cli.cli.main import main
 from mechinterp_cli.metrics import Measurer
+from tests.refusing import changed, check_refused
 
 GOOD = """\
 name: bad
@@ -36,32 +38,10 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def changed(text: str, *pairs: str) -> str:
-    """The text with each old part in place of a new one."""
-    for old, new in zip(pairs[::2], pairs[1::2], strict=True):
-        assert text.count(old) == 1, old
-        text = text.replace(old, new)
-    return text
-
-
 @pytest.fixture
 def refused(capfd: pytest.CaptureFixture[str]) -> Refused:
-    """Runs a config and checks how it ends: one line of cause, one of remedy, exit 2, no run directory."""
-
-    def check(config: str, cause: str, remedy: str) -> None:
-        Path("c.yaml").write_text(config)
-        capfd.readouterr()
-        assert main(["attribute", "c.yaml"]) == 2
-        out, err = capfd.readouterr()
-        lines = err.splitlines()
-        assert [line.split(": ")[0] for line in lines if line.startswith(("error:", "fix:"))] == ["error", "fix"]
-        assert cause in lines[-2]
-        assert remedy in lines[-1]
-        assert "Traceback" not in err
-        assert out == ""
-        assert not Path("runs").exists() or not list(Path("runs").iterdir())
-
-    return check
+    """Runs a config and checks how it ends."""
+    return partial(check_refused, capfd, "attribute")
 
 
 def test_the_config_that_the_others_break_runs(capfd: pytest.CaptureFixture[str]) -> None:

@@ -2,11 +2,13 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from mechinterp_cli.cli.main import main
+from tests.refusing import changed, check_refused
 
 GOOD = """\
 name: bad
@@ -34,14 +36,6 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MECHINTERP_CACHE", str(tmp_path / "cache"))
 
 
-def changed(text: str, *pairs: str) -> str:
-    """The text with each old part in place of a new one."""
-    for old, new in zip(pairs[::2], pairs[1::2], strict=True):
-        assert text.count(old) == 1, old
-        text = text.replace(old, new)
-    return text
-
-
 def with_key(lines: str) -> str:
     """The good config with more in its section."""
     return changed(GOOD, "  tests: null\n", f"  tests: null\n{lines}\n")
@@ -49,22 +43,8 @@ def with_key(lines: str) -> str:
 
 @pytest.fixture
 def refused(capfd: pytest.CaptureFixture[str]) -> Refused:
-    """Runs a config and checks how it ends: one line of cause, one of remedy, exit 2, no run directory."""
-
-    def check(config: str, cause: str, remedy: str, *arguments: str) -> None:
-        Path("c.yaml").write_text(config)
-        capfd.readouterr()
-        assert main(["circuit", "c.yaml", *arguments]) == 2
-        out, err = capfd.readouterr()
-        lines = err.splitlines()
-        assert [line.split(": ")[0] for line in lines if line.startswith(("error:", "fix:"))] == ["error", "fix"]
-        assert cause in lines[-2]
-        assert remedy in lines[-1]
-        assert "Traceback" not in err
-        assert out == ""
-        assert not Path("runs").exists() or not list(Path("runs").iterdir())
-
-    return check
+    """Runs a config and checks how it ends."""
+    return partial(check_refused, capfd, "circuit")
 
 
 def test_the_good_config_runs(capfd: pytest.CaptureFixture[str]) -> None:

@@ -12,6 +12,7 @@ from mechinterp_cli.cli.main import main
 from mechinterp_cli.models.quiet import quiet
 from tests.families import build
 from tests.models_files import tiny_llama, write_folder
+from tests.refusing import changed, check_refused
 
 GOOD = """\
 name: bad
@@ -40,31 +41,12 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def changed(text: str, *pairs: str) -> str:
-    """The text with each old part in place of a new one."""
-    for old, new in zip(pairs[::2], pairs[1::2], strict=True):
-        assert text.count(old) == 1, old
-        text = text.replace(old, new)
-    return text
-
-
 @pytest.fixture
 def refused(capfd: pytest.CaptureFixture[str]) -> Refused:
-    """Runs a config and checks how it ends: one line of cause, one of remedy, exit 2, no run directory."""
+    """Runs a config and checks how it ends."""
 
     def check(config: str, cause: str, remedy: str, *arguments: str, command: str = "heads") -> None:
-        Path("c.yaml").write_text(config)
-        capfd.readouterr()
-        assert main([command, "c.yaml", *arguments]) == 2
-        out, err = capfd.readouterr()
-        lines = err.splitlines()
-        assert [line.split(": ")[0] for line in lines if line.startswith(("error:", "fix:"))] == ["error", "fix"]
-        assert lines[-2].startswith("error: ")
-        assert cause in lines[-2]
-        assert remedy in lines[-1]
-        assert "Traceback" not in err
-        assert out == ""
-        assert not Path("runs").exists() or not list(Path("runs").iterdir())
+        check_refused(capfd, command, config, cause, remedy, *arguments)
 
     return check
 

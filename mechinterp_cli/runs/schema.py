@@ -31,6 +31,21 @@ def column(name: str, kind: pa.DataType, *, required: bool = False) -> pa.Field:
     return pa.field(name, kind, nullable=not required)
 
 
+def texts(*names: str, required: bool = False) -> list[pa.Field]:
+    """Columns of text."""
+    return [column(name, _TEXT, required=required) for name in names]
+
+
+def indices(*names: str, required: bool = False) -> list[pa.Field]:
+    """Columns of whole numbers, 32 bit."""
+    return [column(name, _INDEX, required=required) for name in names]
+
+
+def reals(*names: str) -> list[pa.Field]:
+    """Columns of float64 numbers."""
+    return [column(name, _REAL) for name in names]
+
+
 _SITE = [
     column("label", _TEXT),
     column("site", _TEXT),

@@ -2,30 +2,13 @@
 
 import pyarrow as pa
 
-from mechinterp_cli.runs.schema import column, register_columns
+from mechinterp_cli.runs.schema import column, indices, reals, register_columns, texts
 
 _TEXT, _INDEX = pa.string(), pa.int32()
 
-
-def _texts(*names: str) -> list[pa.Field]:
-    return [column(name, _TEXT) for name in names]
-
-
-def _required(*names: str) -> list[pa.Field]:
-    return [column(name, _TEXT, required=True) for name in names]
-
-
-def _counts(*names: str) -> list[pa.Field]:
-    return [column(name, _INDEX, required=True) for name in names]
-
-
-def _reals(*names: str) -> list[pa.Field]:
-    return [column(name, pa.float64()) for name in names]
-
-
 _OWN = [
     column("kv_head", _INDEX),
-    *_texts("template", "ablation", "design"),
+    *texts("template", "ablation", "design"),
     column("k", _INDEX),
     column("set", _TEXT),
     column("ranking", _INDEX),
@@ -35,10 +18,10 @@ register_columns(
     "ablate",
     "trials",
     [
-        *_texts("template", "ablation"),
+        *texts("template", "ablation"),
         column("ranking", _INDEX),
         # Of `optimal`: what was made small, on the prompts that are fitted on.
-        *_reals("fit_mean", "fit_zero", "fit_loss"),
+        *reals("fit_mean", "fit_zero", "fit_loss"),
         column("fit_prompts", _INDEX),
     ],
 )
@@ -49,12 +32,12 @@ register_columns(
     "ablate",
     "curve",
     [
-        *_required("ablation", "metric"),
-        *_counts("k", "n", "draws"),
-        *_texts("units"),
-        *_reals("baseline", "effect", "ci_low", "ci_high", "random_effect", "random_low", "random_high"),
-        *_reals("difference", "difference_low", "difference_high", "p"),
-        *_texts("verdict"),
+        *texts("ablation", "metric", required=True),
+        *indices("k", "n", "draws", required=True),
+        *texts("units"),
+        *reals("baseline", "effect", "ci_low", "ci_high", "random_effect", "random_low", "random_high"),
+        *reals("difference", "difference_low", "difference_high", "p"),
+        *texts("verdict"),
     ],
     keys=("ablation", "k", "metric"),
 )
@@ -63,11 +46,11 @@ register_columns(
     "ablate",
     "circuits",
     [
-        *_required("ablation", "set", "metric"),
-        *_counts("size", "n"),
-        *_reals("full", "empty", "alone", "without"),
-        *_reals("faithfulness", "faithfulness_low", "faithfulness_high"),
-        *_reals("completeness", "completeness_low", "completeness_high"),
+        *texts("ablation", "set", "metric", required=True),
+        *indices("size", "n", required=True),
+        *reals("full", "empty", "alone", "without"),
+        *reals("faithfulness", "faithfulness_low", "faithfulness_high"),
+        *reals("completeness", "completeness_low", "completeness_high"),
     ],
     keys=("ablation", "set", "metric"),
 )
@@ -76,9 +59,9 @@ register_columns(
     "ablate",
     "interactions",
     [
-        *_required("ablation", "a", "b", "metric"),
-        *_counts("n"),
-        *_reals("effect_a", "effect_b", "joint", "interaction", "ci_low", "ci_high"),
+        *texts("ablation", "a", "b", "metric", required=True),
+        *indices("n", required=True),
+        *reals("effect_a", "effect_b", "joint", "interaction", "ci_low", "ci_high"),
     ],
     keys=("ablation", "a", "b", "metric"),
 )
@@ -88,11 +71,11 @@ register_columns(
     "contrasts",
     [
         column("trial", pa.int64(), required=True),
-        *_required("ablation", "metric", "group_a", "group_b"),
-        *_counts("n_a", "n_b"),
-        *_texts("label"),
-        *_reals("effect_a", "effect_b", "difference", "ci_low", "ci_high", "p", "p_adjusted"),
-        *_texts("verdict"),
+        *texts("ablation", "metric", "group_a", "group_b", required=True),
+        *indices("n_a", "n_b", required=True),
+        *texts("label"),
+        *reals("effect_a", "effect_b", "difference", "ci_low", "ci_high", "p", "p_adjusted"),
+        *texts("verdict"),
     ],
     keys=("ablation", "trial", "metric", "group_a", "group_b"),
 )
@@ -102,10 +85,10 @@ register_columns(
     "positions",
     [
         column("trial", pa.int64()),
-        *_texts("ablation", "label", "template"),
-        *_required("metric"),
-        *_counts("position", "n"),
-        *_reals("value", "effect", "ci_low", "ci_high"),
+        *texts("ablation", "label", "template"),
+        *texts("metric", required=True),
+        *indices("position", "n", required=True),
+        *reals("value", "effect", "ci_low", "ci_high"),
     ],
     keys=("ablation", "trial", "metric", "template", "position"),
 )
@@ -114,10 +97,10 @@ register_columns(
     "ablate",
     "words",
     [
-        *_counts("prompt"),
+        *indices("prompt", required=True),
         column("trial", pa.int64()),
-        *_texts("ablation"),
-        *_required("label", "text"),
+        *texts("ablation"),
+        *texts("label", "text", required=True),
         column("token_ids", pa.list_(_INDEX), required=True),
     ],
     keys=("prompt", "ablation", "trial"),

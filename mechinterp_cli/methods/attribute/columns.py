@@ -6,24 +6,15 @@ whatever reads a summary reads these; `estimate` is `effect` by its name, `exact
 
 import pyarrow as pa
 
-from mechinterp_cli.runs.schema import column, register_columns
+from mechinterp_cli.runs.schema import column, indices, reals, register_columns
 
-_TEXT, _INDEX, _REAL = pa.string(), pa.int32(), pa.float64()
-
-
-def _reals(*names: str) -> list[pa.Field]:
-    return [column(name, _REAL) for name in names]
-
-
-def _counts(*names: str) -> list[pa.Field]:
-    return [column(name, _INDEX, required=True) for name in names]
-
+_TEXT, _INDEX = pa.string(), pa.int32()
 
 _ESTIMATOR = [column("estimator", _TEXT, required=True), column("steps", _INDEX)]
 _WHERE = [column("kv_head", _INDEX), column("template", _TEXT)]
 
 register_columns("attribute", "trials", [*_ESTIMATOR, column("template", _TEXT)])
-register_columns("attribute", "results", [*_WHERE, *_ESTIMATOR, *_reals("estimate", "exact", "exact_normalized")])
+register_columns("attribute", "results", [*_WHERE, *_ESTIMATOR, *reals("estimate", "exact", "exact_normalized")])
 register_columns(
     "attribute",
     "summary",
@@ -31,7 +22,7 @@ register_columns(
         *_WHERE,
         column("block", _INDEX),
         *_ESTIMATOR,
-        *_reals("estimate", "exact", "exact_normalized"),
+        *reals("estimate", "exact", "exact_normalized"),
         column("part", _TEXT),  # top, random, or both: why it was verified
     ],
 )
@@ -42,8 +33,8 @@ register_columns(
     [
         *_ESTIMATOR,
         *(column(name, _TEXT, required=True) for name in ("metric", "site", "part")),
-        *_counts("nodes", "rows"),
-        *_reals("pearson", "spearman", "sign_agreement", "mean_difference", "above", "threshold"),
+        *indices("nodes", "rows", required=True),
+        *reals("pearson", "spearman", "sign_agreement", "mean_difference", "above", "threshold"),
         column("sign_rows", _INDEX),
         column("reason", _TEXT),
     ],
@@ -56,9 +47,9 @@ register_columns(
     [
         *_ESTIMATOR,
         *(column(name, _TEXT, required=True) for name in ("metric", "site", "stratum")),
-        *_reals("low", "high"),
-        *_counts("nodes", "rows", "missed", "upper_count"),
-        *_reals("upper_fraction", "threshold", "level"),
+        *reals("low", "high"),
+        *indices("nodes", "rows", "missed", "upper_count", required=True),
+        *reals("upper_fraction", "threshold", "level"),
     ],
     keys=("estimator", "metric", "site", "stratum"),
 )
@@ -66,7 +57,12 @@ register_columns(
 register_columns(
     "attribute",
     "subsets",
-    [*_ESTIMATOR, column("metric", _TEXT, required=True), *_counts("subset", "size"), *_reals("estimate", "exact")],
+    [
+        *_ESTIMATOR,
+        column("metric", _TEXT, required=True),
+        *indices("subset", "size", required=True),
+        *reals("estimate", "exact"),
+    ],
     keys=("estimator", "metric", "subset"),
 )
 # Direct logit attribution: rows of one `part_of` sum to the component of that name.
@@ -75,17 +71,17 @@ register_columns(
     "attribute",
     "direct",
     [
-        *_counts("prompt"),
+        *indices("prompt", required=True),
         column("cluster", _TEXT),
         column("group", _TEXT),
         *_COMPONENT,
         *(column(name, _INDEX) for name in ("layer", "head", "neuron", "source_position")),
         *(column(name, _TEXT) for name in ("source_token", "source_span")),
-        *_reals("value"),
+        *reals("value"),
     ],
     keys=("prompt", "component", "layer", "head", "neuron", "source_position"),
 )
-_MEAN = [*_reals("value"), *_counts("n", "clusters"), *_reals("ci_low", "ci_high")]
+_MEAN = [*reals("value"), *indices("n", "clusters", required=True), *reals("ci_low", "ci_high")]
 _MEAN.append(column("ci_method", _TEXT, required=True))
 # Its means over prompts, of all and of each group.
 register_columns(
@@ -105,7 +101,7 @@ register_columns(
     "sources",
     [
         column("group", _TEXT, required=True),
-        *_counts("layer", "head"),
+        *indices("layer", "head", required=True),
         column("source_span", _TEXT, required=True),
         *_MEAN,
     ],
@@ -116,15 +112,15 @@ register_columns(
     "attribute",
     "lens",
     [
-        *_counts("prompt"),
+        *indices("prompt", required=True),
         column("site", _TEXT, required=True),
-        *_counts("layer", "position"),
+        *indices("layer", "position", required=True),
         column("span", _TEXT),
-        *_counts("rank", "token_id"),
+        *indices("rank", "token_id", required=True),
         column("token", _TEXT),
-        *_reals("probability", "answer_probability"),
+        *reals("probability", "answer_probability"),
         column("answer_rank", _INDEX),
-        *_reals("kl"),
+        *reals("kl"),
     ],
     keys=("prompt", "site", "layer", "position", "rank"),
 )
@@ -139,12 +135,12 @@ register_columns(
     "attribute",
     "inputs",
     [
-        *_counts("prompt"),
+        *indices("prompt", required=True),
         *(column(name, _TEXT) for name in ("cluster", "group", "template")),
         *_TOKENS,
-        *_counts("position"),
+        *indices("position", required=True),
         column("token", _TEXT, required=True),
-        *_reals("value", "share"),
+        *reals("value", "share"),
     ],
     keys=("prompt", "estimator", "metric", "position"),
 )
@@ -153,10 +149,10 @@ register_columns(
     "attribute",
     "input_completeness",
     [
-        *_counts("prompt"),
+        *indices("prompt", required=True),
         *(column(name, _TEXT) for name in ("cluster", "group")),
         *_TOKENS,
-        *_reals("input", "baseline_value", "difference", "sum", "error", "relative_error"),
+        *reals("input", "baseline_value", "difference", "sum", "error", "relative_error"),
     ],
     keys=("prompt", "estimator", "metric"),
 )
@@ -169,8 +165,8 @@ register_columns(
         column("template", _TEXT),
         column("span", _TEXT),
         column("position", _INDEX),
-        *_reals("mean", "ci_low", "ci_high"),
-        *_counts("n", "clusters"),
+        *reals("mean", "ci_low", "ci_high"),
+        *indices("n", "clusters", required=True),
     ],
     keys=("estimator", "metric", "template", "span", "position"),
 )

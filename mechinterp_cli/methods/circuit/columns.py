@@ -6,50 +6,41 @@ is what `patch` measures on that node.
 
 import pyarrow as pa
 
-from mechinterp_cli.runs.schema import column, register_columns
+from mechinterp_cli.runs.schema import column, indices, reals, register_columns, texts
 
-_TEXT, _INDEX, _REAL = pa.string(), pa.int32(), pa.float64()
-
-
-def _texts(*names: str) -> list[pa.Field]:
-    return [column(name, _TEXT) for name in names]
-
-
-def _required(*names: str) -> list[pa.Field]:
-    return [column(name, _TEXT, required=True) for name in names]
-
-
-def _counts(*names: str) -> list[pa.Field]:
-    return [column(name, _INDEX) for name in names]
-
-
-def _reals(*names: str) -> list[pa.Field]:
-    return [column(name, _REAL) for name in names]
-
+_TEXT, _INDEX = pa.string(), pa.int32()
 
 _EDGE = [
     column("edge", _INDEX, required=True),
-    *_required("source", "target"),
-    *_counts("source_layer", "source_head", "target_layer", "target_head", "target_kv_head"),
-    *_texts("input", "span"),  # q, k or v of a head; the span of positions, where edges are told apart by it
+    *texts("source", "target", required=True),
+    *indices("source_layer", "source_head", "target_layer", "target_head", "target_kv_head"),
+    *texts("input", "span"),  # q, k or v of a head; the span of positions, where edges are told apart by it
 ]
-_INTERVAL = [*_reals("ci_low", "ci_high"), column("ci_method", _TEXT)]
+_INTERVAL = [*reals("ci_low", "ci_high"), column("ci_method", _TEXT)]
 # Of which circuit: by which score (or `given`, `reference`) and ranking, how large.
-_CIRCUIT = [*_required("score"), column("rank", _TEXT), *_reals("size", "threshold")]
+_CIRCUIT = [*texts("score", required=True), column("rank", _TEXT), *reals("size", "threshold")]
 
 register_columns(
-    "circuit", "summary", [*_counts("kv_head"), *_required("estimator"), *_counts("steps"), *_reals("estimate")]
+    "circuit",
+    "summary",
+    [*indices("kv_head"), *texts("estimator", required=True), *indices("steps"), *reals("estimate")],
 )
 # Every edge under every score: sparse, never a matrix. Higher is more helpful.
 register_columns(
     "circuit",
     "edges",
-    [*_required("score", "metric"), *_EDGE, *_reals("value"), *_INTERVAL, *_counts("signed", "absolute", "n")],
+    [
+        *texts("score", "metric", required=True),
+        *_EDGE,
+        *reals("value"),
+        *_INTERVAL,
+        *indices("signed", "absolute", "n"),
+    ],
     keys=("score", "metric", "edge"),
 )
 # The circuits: an edge is in those of its `size` and all larger ones (circuits of a ranking lie in each other).
 register_columns(
-    "circuit", "members", [*_CIRCUIT, *_EDGE, *_reals("value")], keys=("score", "rank", "threshold", "edge")
+    "circuit", "members", [*_CIRCUIT, *_EDGE, *reals("value")], keys=("score", "rank", "threshold", "edge")
 )
 # How much of the behaviour each circuit has.
 register_columns(
@@ -57,12 +48,12 @@ register_columns(
     "faithfulness",
     [
         *_CIRCUIT,
-        *_counts("asked", "kept", "nodes"),
-        *_required("metric"),
-        *_reals("value", "full", "empty", "faithfulness"),
+        *indices("asked", "kept", "nodes"),
+        *texts("metric", required=True),
+        *reals("value", "full", "empty", "faithfulness"),
         *_INTERVAL,
-        *_reals("random_mean", "random_low", "random_high"),
-        *_counts("draws", "n", "clusters"),
+        *reals("random_mean", "random_low", "random_high"),
+        *indices("draws", "n", "clusters"),
     ],
     keys=("score", "rank", "size", "threshold", "metric"),
 )
@@ -72,11 +63,11 @@ register_columns(
     "evaluations",
     [
         *_CIRCUIT,
-        *_counts("draw"),
+        *indices("draw"),
         column("prompt", _INDEX, required=True),
-        *_texts("cluster", "group"),
-        *_required("metric"),
-        *_reals("value"),
+        *texts("cluster", "group"),
+        *texts("metric", required=True),
+        *reals("value"),
     ],
     keys=("score", "rank", "size", "threshold", "draw", "prompt", "metric"),
 )
@@ -85,14 +76,14 @@ register_columns(
     "circuit",
     "quality",
     [
-        *_required("score"),
+        *texts("score", required=True),
         column("rank", _TEXT),
-        *_reals("size", "threshold"),
-        *_required("metric", "measure"),
+        *reals("size", "threshold"),
+        *texts("metric", "measure", required=True),
         column("level", _TEXT),  # what is compared: edges or nodes
-        *_reals("value"),
+        *reals("value"),
         *_INTERVAL,
-        *_reals("random_mean", "random_low", "random_high"),
+        *reals("random_mean", "random_low", "random_high"),
     ],
     keys=("score", "rank", "size", "threshold", "metric", "measure", "level"),
 )
@@ -102,10 +93,10 @@ register_columns(
     "tests",
     [
         *_CIRCUIT,
-        *_required("metric", "test"),
-        *_reals("statistic", "low", "high", "margin", "p"),
-        *_counts("n", "of"),
-        *_required("verdict"),
+        *texts("metric", "test", required=True),
+        *reals("statistic", "low", "high", "margin", "p"),
+        *indices("n", "of"),
+        *texts("verdict", required=True),
     ],
     keys=("score", "metric", "test"),
 )
@@ -115,12 +106,12 @@ register_columns(
     "minimality",
     [
         *_CIRCUIT,
-        *_required("metric"),
+        *texts("metric", required=True),
         *_EDGE,
-        *_reals("value", "without", "effect"),
+        *reals("value", "without", "effect"),
         *_INTERVAL,
-        *_reals("share", "p", "p_adjusted"),
-        *_required("verdict"),
+        *reals("share", "p", "p_adjusted"),
+        *texts("verdict", required=True),
     ],
     keys=("score", "metric", "edge"),
 )
@@ -130,11 +121,11 @@ register_columns(
     "completeness",
     [
         *_CIRCUIT,
-        *_required("metric"),
-        *_counts("draw", "removed"),
-        *_reals("circuit_without", "model_without", "difference"),
+        *texts("metric", required=True),
+        *indices("draw", "removed"),
+        *reals("circuit_without", "model_without", "difference"),
         *_INTERVAL,
-        *_required("verdict"),
+        *texts("verdict", required=True),
     ],
     keys=("score", "metric", "draw"),
 )
@@ -143,9 +134,9 @@ register_columns(
     "circuit",
     "stability",
     [
-        *_required("score", "rank", "metric", "measure"),
-        *_reals("size", "mean", "low", "high"),
-        *_counts("draws", "n", "clusters"),
+        *texts("score", "rank", "metric", "measure", required=True),
+        *reals("size", "mean", "low", "high"),
+        *indices("draws", "n", "clusters"),
     ],
     keys=("score", "rank", "metric", "measure"),
 )

@@ -1,37 +1,12 @@
 """The tables of `probe`, beside the common ones."""
 
-import pyarrow as pa
-
-from mechinterp_cli.runs.schema import column, register_columns
-
-_TEXT, _INDEX, _REAL = pa.string(), pa.int32(), pa.float64()
-
-
-def _texts(*names: str) -> list[pa.Field]:
-    return [column(name, _TEXT) for name in names]
-
-
-def _required(*names: str) -> list[pa.Field]:
-    return [column(name, _TEXT, required=True) for name in names]
-
-
-def _counts(*names: str) -> list[pa.Field]:
-    return [column(name, _INDEX, required=True) for name in names]
-
-
-def _indices(*names: str) -> list[pa.Field]:
-    return [column(name, _INDEX) for name in names]
-
-
-def _reals(*names: str) -> list[pa.Field]:
-    return [column(name, _REAL) for name in names]
-
+from mechinterp_cli.runs.schema import indices, reals, register_columns, texts
 
 _CAUSAL_PLACE = [
-    *_required("probe", "site"),
-    *_counts("layer"),
-    *_indices("head", "kv_head", "position"),
-    *_texts("span", "template"),
+    *texts("probe", "site", required=True),
+    *indices("layer", required=True),
+    *indices("head", "kv_head", "position"),
+    *texts("span", "template"),
 ]
 _CAUSAL_KEYS = (
     *("probe", "site", "layer", "head", "kv_head", "position", "span", "template"),
@@ -44,19 +19,19 @@ register_columns(
     "causal_effects",
     [
         *_CAUSAL_PLACE,
-        *_required("intervention"),
-        *_reals("strength"),
-        *_required("stream", "direction", "metric", "group", "status"),
-        *_counts("rank"),
-        *_reals("removed", "spread", "baseline", "effect", "ci_low", "ci_high"),
-        *_counts("n"),
-        *_indices("clusters", "draws"),
-        *_reals("random_effect", "random_low", "random_high", "difference", "difference_low", "difference_high"),
-        *_reals("p", "p_adjusted"),
+        *texts("intervention", required=True),
+        *reals("strength"),
+        *texts("stream", "direction", "metric", "group", "status", required=True),
+        *indices("rank", required=True),
+        *reals("removed", "spread", "baseline", "effect", "ci_low", "ci_high"),
+        *indices("n", required=True),
+        *indices("clusters", "draws"),
+        *reals("random_effect", "random_low", "random_high", "difference", "difference_low", "difference_high"),
+        *reals("p", "p_adjusted"),
         # Of the effects' magnitudes: prompts of two labels may be moved in opposite ways.
-        *_reals("size", "random_size", "size_difference", "size_low", "size_high", "size_p", "size_p_adjusted"),
-        *_reals("control_effect", "control_difference", "control_low", "control_high", "margin"),
-        *_texts("family", "verdict"),
+        *reals("size", "random_size", "size_difference", "size_low", "size_high", "size_p", "size_p_adjusted"),
+        *reals("control_effect", "control_difference", "control_low", "control_high", "margin"),
+        *texts("family", "verdict"),
     ],
     keys=(*_CAUSAL_KEYS, "group"),
 )
@@ -66,14 +41,14 @@ register_columns(
     "causal_verdicts",
     [
         *_CAUSAL_PLACE,
-        *_required("intervention"),
-        *_reals("strength"),
-        *_required("stream", "metric", "group"),
-        *_reals("score", "score_p", "chance"),
-        *_texts("readable"),
-        *_reals("effect", "difference", "difference_low", "difference_high", "p_adjusted"),
-        *_reals("size", "size_difference", "size_low", "size_high", "size_p_adjusted", "margin"),
-        *_texts("used"),
+        *texts("intervention", required=True),
+        *reals("strength"),
+        *texts("stream", "metric", "group", required=True),
+        *reals("score", "score_p", "chance"),
+        *texts("readable"),
+        *reals("effect", "difference", "difference_low", "difference_high", "p_adjusted"),
+        *reals("size", "size_difference", "size_low", "size_high", "size_p_adjusted", "margin"),
+        *texts("used"),
     ],
     keys=(*(key for key in _CAUSAL_KEYS if key != "direction"), "group"),
 )
@@ -83,12 +58,12 @@ register_columns(
     "causal_prompts",
     [
         *_CAUSAL_PLACE,
-        *_required("intervention"),
-        *_reals("strength"),
-        *_required("stream", "direction", "metric"),
-        *_counts("prompt"),
-        *_texts("cluster"),
-        *_reals("value", "effect"),
+        *texts("intervention", required=True),
+        *reals("strength"),
+        *texts("stream", "direction", "metric", required=True),
+        *indices("prompt", required=True),
+        *texts("cluster"),
+        *reals("value", "effect"),
     ],
     keys=(*_CAUSAL_KEYS, "prompt"),
 )
@@ -97,20 +72,20 @@ register_columns(
     "probe",
     "causal_downstream",
     [
-        *_required("probe", "erased_site"),
-        *_counts("erased_layer"),
-        *_indices("erased_head"),
-        *_required("site"),
-        *_counts("layer"),
-        *_reals("score_before", "score_after", "chance"),
+        *texts("probe", "erased_site", required=True),
+        *indices("erased_layer", required=True),
+        *indices("erased_head"),
+        *texts("site", required=True),
+        *indices("layer", required=True),
+        *reals("score_before", "score_after", "chance"),
     ],
     keys=("probe", "erased_site", "erased_layer", "erased_head", "site", "layer"),
 )
 _PLACE = [
-    *_texts("label", "site"),
-    *_indices("layer", "head", "kv_head", "position"),
-    *_texts("span", "template"),
-    *_required("view"),
+    *texts("label", "site"),
+    *indices("layer", "head", "kv_head", "position"),
+    *texts("span", "template"),
+    *texts("view", required=True),
 ]
 _PLACE_KEYS = ("site", "layer", "head", "kv_head", "view")
 # One row per place, probe and kind of labels over all held-out samples; then by fold, in training and in test.
@@ -120,17 +95,17 @@ register_columns(
     "probes",
     [
         *_PLACE,
-        *_texts("probe"),
-        *_required("target", "split", "measure"),
-        *_texts("baseline"),
-        *_indices("fold"),
-        *_reals("penalty"),
-        *_indices("n_train"),
-        *_counts("n"),
-        *_reals("score", "ci_low", "ci_high", "selectivity"),
+        *texts("probe"),
+        *texts("target", "split", "measure", required=True),
+        *texts("baseline"),
+        *indices("fold"),
+        *reals("penalty"),
+        *indices("n_train"),
+        *indices("n", required=True),
+        *reals("score", "ci_low", "ci_high", "selectivity"),
         # Of permuted labels; `statistic` is the score that draws are compared with.
-        *_reals("p", "p_adjusted", "statistic"),
-        *_indices("unconverged"),
+        *reals("p", "p_adjusted", "statistic"),
+        *indices("unconverged"),
     ],
     keys=(*_PLACE_KEYS, "probe", "target", "baseline", "split", "fold"),
 )
@@ -140,12 +115,12 @@ register_columns(
     "predictions",
     [
         *_PLACE,
-        *_required("probe"),
-        *_counts("prompt"),
-        *_indices("word"),
-        *_counts("fold"),
-        *_texts("class", "predicted_class"),
-        *_reals("target", "predicted", "probability"),
+        *texts("probe", required=True),
+        *indices("prompt", required=True),
+        *indices("word"),
+        *indices("fold", required=True),
+        *texts("class", "predicted_class"),
+        *reals("target", "predicted", "probability"),
     ],
     keys=(*_PLACE_KEYS, "probe", "prompt", "word"),
 )
@@ -155,24 +130,24 @@ register_columns(
     "learning",
     [
         *_PLACE,
-        *_required("probe", "measure"),
-        *_counts("n_train", "n"),
-        *_reals("score", "ci_low", "ci_high"),
+        *texts("probe", "measure", required=True),
+        *indices("n_train", "n", required=True),
+        *reals("score", "ci_low", "ci_high"),
     ],
     keys=(*_PLACE_KEYS, "probe", "n_train"),
 )
 # Online code length of the labels, in bits.
-register_columns("probe", "code", [*_PLACE, *_reals("bits", "uniform", "compression")], keys=_PLACE_KEYS)
+register_columns("probe", "code", [*_PLACE, *reals("bits", "uniform", "compression")], keys=_PLACE_KEYS)
 # What every text or word is labelled with.
 register_columns(
     "probe",
     "labels",
     [
-        *_counts("prompt"),
-        *_indices("word"),
-        *_texts("positions", "word_type", "class"),
-        *_reals("target"),
-        *_texts("group", "factor"),
+        *indices("prompt", required=True),
+        *indices("word"),
+        *texts("positions", "word_type", "class"),
+        *reals("target"),
+        *texts("group", "factor"),
     ],
     keys=("prompt", "word"),
 )
@@ -181,6 +156,13 @@ register_columns(
 register_columns(
     "probe",
     "projections",
-    [*_PLACE, *_required("probe"), *_counts("prompt"), *_indices("word"), *_required("class"), *_reals("projection")],
+    [
+        *_PLACE,
+        *texts("probe", required=True),
+        *indices("prompt", required=True),
+        *indices("word"),
+        *texts("class", required=True),
+        *reals("projection"),
+    ],
     keys=(*_PLACE_KEYS, "probe", "prompt", "word"),
 )
