@@ -54,15 +54,19 @@ class Effects:
         """The groups of prompts, without `all`."""
         return [group for group in distinct(self.own, "group") if group != ALL]
 
-    @property
-    def said(self) -> str:
-        """How many prompts, random draws and what the bands are."""
-        rows = having(self.own, group=ALL)
+    def said(self, rows: pd.DataFrame) -> str:
+        """How many prompts, random draws and what the bands are.
+
+        Args:
+            rows: Of the probes' directions, those that are drawn.
+        """
+        rows = having(rows, group=ALL)
         counts = [_span(rows["n"]) + " prompts" if len(rows) else ""]
         draws = rows[rows["draws"].fillna(0) > 0]["draws"]
         beside = f"{_span(draws)} random subspaces of the same rank and removed variance" if len(draws) else ""
         words = f"{', '.join(filter(None, (*counts, beside)))}." if len(rows) else ""
-        bands = f"Bands: {self.level} % intervals over prompts; of random subspaces the middle 95 % of draws."
+        random = "; of random subspaces the middle 95 % of draws" if beside else ""
+        bands = f"Bands: {self.level} % intervals over prompts{random}."
         return f"{words} {bands}".strip()
 
     def apart(self, rows: pd.DataFrame) -> list[str]:
@@ -149,7 +153,7 @@ def layer_curves(effects: Effects, kind: str) -> Curves:
         if _cancels(whole):
             panels.append(_size_panel(f"{title}, magnitude", whole, effects.unit, verdicts))
         largest = min(3, max(largest, len(own) + int(_cancels(whole))))
-    notes = [effects.said, _margin_note(rows)]
+    notes = [effects.said(rows), _margin_note(rows)]
     notes.append(f"The first {MAX_PANELS} of {len(panels)} panels." if len(panels) > MAX_PANELS else "")
     notes.append("Of several heads, each layer's largest effect." if rows["head"].notna().any() else "")
     return Curves(

@@ -69,7 +69,7 @@ def dose_curves(effects: Effects, kind: str) -> Curves | None:
     more = f"The {len(kept)} of {len(places)} places that are moved most." if len(places) > len(kept) else ""
     return Curves(
         title=f"{effects.about[0]}: steering along the probe's direction, {kind}",
-        lines=(", ".join(effects.about[1:]), " ".join(filter(None, (effects.said, more, split.said)))),
+        lines=(", ".join(effects.about[1:]), " ".join(filter(None, (effects.said(rows), more, split.said)))),
         x_title="strength (standard deviations)",
         panels=tuple(replace(panel, y_range=ends) for panel in panels),
         across=3,
@@ -130,7 +130,8 @@ class _Steered:
             if groups == (ALL,) and any(math.isfinite(number(row["control_effect"])) for row in told):
                 curves.append(_along("control labels' direction", told, "control_effect"))
         title = ", ".join(filter(None, (f"layer {text(first['layer'])}", where(first, several=several))))
-        return CurvePanel(title=title, y_title=f"effect on {unit}", curves=tuple(curves))
+        drawn = tuple(curve for curve in curves if curve.x)
+        return CurvePanel(title=title, y_title=f"effect on {unit}", curves=drawn)
 
     def _class(self, name: str) -> Curve:
         means = having(self.prompts, **{"class": name}).groupby("strength")["effect"].mean()
@@ -164,7 +165,7 @@ def downstream_curves(rows: pd.DataFrame, about: Sequence[str], measure: str) ->
     panels = [_downstream_panel(records(part), several, measure) for _, part in parts[:MAX_PANELS]]
     low, high = ends_of(panels)
     more = f" The first {MAX_PANELS} of {len(parts)} erasures." if len(parts) > MAX_PANELS else ""
-    notes = f"Probes fitted on unedited activations, on prompts that are measured with and without the erasure.{more}"
+    notes = f"Probes of unedited activations, on prompts that none was fitted on, with and without the erasure.{more}"
     return Curves(
         title=f"{about[0]}: does what was erased come back?",
         lines=(", ".join(about[1:]), notes),
