@@ -39,3 +39,8 @@ def test_plain_tokens_are_ascii(token: str, shown: str) -> None:
 
 def test_titles_keep_their_spaces_and_lose_their_line_breaks() -> None:
     assert show_text("resid_pre\n\x1b]0;title\x07 on 64 prompts") == "resid_pre⏎\\x1b]0;title\\x07 on 64 prompts"
+
+
+def test_signs_of_titles_have_ascii_of_their_own_and_tokens_keep_their_codes() -> None:
+    assert show_text("2 × 3, ± margin, a→b, −1 … 1", plain=True) == "2 x 3, +- margin, a->b, -1 ... 1"
+    assert show_token("×", plain=True) == "\\xd7"

@@ -3,8 +3,10 @@
 import unicodedata
 
 _MARKS = {" ": "·", "\n": "⏎", "\t": "⇥", "\r": "␍"}
-_PLAIN_MARKS = {" ": "_", "\n": "\\n", "\t": "\\t", "\r": "\\r", "·": "_", "⏎": "\\n", "⇥": "\\t", "…": "...", "−": "-"}
-"""Also what the marks above and our own captions become where only ASCII is wanted."""
+_PLAIN_MARKS = {" ": "_", "\n": "\\n", "\t": "\\t", "\r": "\\r", "·": "_", "⏎": "\\n", "⇥": "\\t"}
+"""What the marks above become where only ASCII is wanted."""
+_PLAIN_SIGNS = {"…": "...", "−": "-", "–": "-", "±": "+-", "×": "x", "→": "->", "≥": ">=", "≤": "<="}
+"""What signs of our own captions become there; in a token they stand for themselves and are written as codes."""
 _HIDDEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp", "Zs"}
 """Unicode categories that are not seen, or act on their neighbours: controls, formats, surrogates, odd spaces."""
 _COMBINING = {"Mn", "Me"}
@@ -54,4 +56,5 @@ def _code(character: str) -> str:
 
 def show_text(text: str, *, plain: bool = False) -> str:
     """A title or sentence on one line: as `show_token`, but ordinary spaces stay."""
-    return "".join(c if c == " " else _show(c, plain) for c in text)
+    signs = _PLAIN_SIGNS if plain else {}
+    return "".join(c if c == " " else signs.get(c) or _show(c, plain) for c in text)
