@@ -1,5 +1,6 @@
 """What a shell completes on the command line: configs, runs, models. Nothing heavy is imported, and nothing fails."""
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +11,15 @@ _DEPTH = 2
 """Folders below each other that are searched for configs."""
 _MOST = 200
 """No more are offered."""
+
+
+def leave_values_unread() -> None:
+    """Keep Typer from importing pydantic in a process that only completes.
+
+    Typer reads the words before the one that is completed by pydantic, whose import is half of the time that the shell
+    waits. Nothing here needs those values, and while it completes Typer passes over a value that it cannot read.
+    """
+    sys.modules["pydantic"] = None  # type: ignore[assignment]  # how Python is told that an import is to fail
 
 
 def complete_config(incomplete: str) -> list[str]:

@@ -12,6 +12,7 @@ from typer.exceptions import Abort, TyperException
 
 from mechinterp_cli import __version__
 from mechinterp_cli.cli import compare, experiments, init, models, report, reproduce, resume, runs, schema, show
+from mechinterp_cli.cli.completion import leave_values_unread
 from mechinterp_cli.cli.console import Console
 from mechinterp_cli.errors import ExitCode, MechinterpError
 from mechinterp_cli.runs.signals import Terminated
@@ -72,8 +73,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code (see `errors.ExitCode`).
     """
     state, console = State(), Console.choose()
-    if "_MECHINTERP_COMPLETE" in os.environ:  # a shell waits; looking for plugins would take a fifth of its time
-        os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
+    if "_MECHINTERP_COMPLETE" in os.environ:
+        leave_values_unread()
     try:
         code = app(args=arguments, prog_name="mechinterp", standalone_mode=False, obj=state)
     except MechinterpError as error:
