@@ -23,7 +23,7 @@ def side(name: str, dtype: str) -> Side:
 
 def comparison(rows: list[tuple[str, str, float, float, str]]) -> Comparison:
     frame = pd.DataFrame(rows, columns=["metric", "site", "a", "b", "state"])
-    frame["column"] = "normalized"
+    frame["column"], frame["label"] = "normalized", [f"row {at}" for at in range(len(rows))]
     return Comparison(side("one", "float32"), side("two", "bfloat16"), frame, [])
 
 
@@ -82,7 +82,7 @@ def test_one_colour_and_shape_per_kind_of_site_over_all_panels() -> None:
 
 def test_the_picture_says_which_run_is_which() -> None:
     spec = chart(build_scatter(comparison(ROWS))).to_dict()
-    assert spec["title"]["subtitle"] == [
+    assert [line.rstrip() for line in spec["title"]["subtitle"]] == [
         "A: one, toy-induction, float32, denoise, pair",
         "B: two, toy-induction, bfloat16, denoise, pair",
     ]

@@ -85,7 +85,7 @@ def head_lines(title: str, lines: Sequence[str], room: float) -> alt.TitleParams
     """
     return alt.TitleParams(
         wrap(title, room, pixels=8.5),
-        subtitle=[part for line in lines for part in wrap(line, room)],
+        subtitle=_broken(lines, room),
         anchor="start",
         fontSize=15,
         subtitleFontSize=11,
@@ -93,6 +93,13 @@ def head_lines(title: str, lines: Sequence[str], room: float) -> alt.TitleParams
         subtitleLineHeight=15,
         offset=12,
     )
+
+
+def _broken(lines: Sequence[str], room: float) -> list[str]:
+    """Lines broken to the width; every line but the last ends with a space, by which a page knows where they end."""
+    paragraphs = [parts for line in lines if (parts := wrap(line, room))]
+    ended = [[*parts[:-1], f"{parts[-1]} "] for parts in paragraphs[:-1]]
+    return [part for parts in [*ended, *paragraphs[-1:]] for part in parts]
 
 
 def wrap(text: str, room: float, *, pixels: float = 6.0) -> list[str]:

@@ -1,7 +1,7 @@
 """Maps of single prompts: what every trial, score or token did on that prompt alone."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -42,6 +42,16 @@ class PromptMap:
     """By prompt, `[cells]`; NaN where the prompt has no such cell."""
     signed: bool = True
     """Whether 0 is the middle of the colours; else it is their end."""
+    scale: tuple[float, float, float] | None = None
+    """Low, middle and high of the colours, as far from each other; None: as far as the prompt's own values go."""
+    told: Mapping[int, Mapping[str, Sequence[object]]] = field(default_factory=dict)
+    """By prompt what else is told of each cell: by name, `[cells]`."""
+    wrong: Mapping[int, npt.NDArray[np.bool_]] = field(default_factory=dict)
+    """By prompt which cells are marked as wrong, `[cells]`."""
+    about: Mapping[int, str] = field(default_factory=dict)
+    """By prompt a sentence about all cells."""
+    absent: str = ""
+    """What is said of a prompt that has no cell."""
 
 
 def effect_maps(manifest: Manifest, tables: Mapping[str, pd.DataFrame]) -> Iterator[PromptMap]:
@@ -91,7 +101,7 @@ def _effect_map(title: str, unit: str, trials: pd.DataFrame, effects: pd.DataFra
         rows=[str(layer) for layer in layers] or [""],
         columns=shown,
         cells=cells,
-        values=_by_prompt(effects, effects["trial"].map(cell_of), "effect", len(cells)),
+        values=by_prompt(effects, effects["trial"].map(cell_of), "effect", len(cells)),
     )
 
 
@@ -112,7 +122,7 @@ def _key(value: object) -> int | str:
     return "" if missing(value) else int(number(value))
 
 
-def _by_prompt(rows: pd.DataFrame, cells: pd.Series, column: str, count: int) -> dict[int, npt.NDArray[np.float64]]:
+def by_prompt(rows: pd.DataFrame, cells: pd.Series, column: str, count: int) -> dict[int, npt.NDArray[np.float64]]:
     """Values `[cells]` by prompt: means over draws, of several in a cell the strongest.
 
     Args:
@@ -164,7 +174,7 @@ def score_maps(tables: Mapping[str, pd.DataFrame]) -> Iterator[PromptMap]:
             rows=[str(layer) for layer in layers],
             columns=[str(head) for head in heads],
             cells=cells,
-            values=_by_prompt(rows, at + rows["head"].map({v: i for i, v in enumerate(heads)}), "value", len(cells)),
+            values=by_prompt(rows, at + rows["head"].map({v: i for i, v in enumerate(heads)}), "value", len(cells)),
         )
 
 
@@ -194,5 +204,5 @@ def token_maps(manifest: Manifest, tables: Mapping[str, pd.DataFrame]) -> Iterat
             rows=[name],
             columns=columns,
             cells=[(0, at) for at in range(len(columns))],
-            values=_by_prompt(own, at, "value", len(columns)),
+            values=by_prompt(own, at, "value", len(columns)),
         )

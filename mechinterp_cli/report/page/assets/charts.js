@@ -2,7 +2,6 @@
 const HIDDEN_FIELDS = new Set(["state", "ink", "first", "last"]);
 const FIELD_NAMES = { p: "adjusted p", kind: "", series: "" };
 const ERRORS = 1; // Vega's level of what it writes to the console
-const NARROWEST = 70; // letters: no picture breaks shorter lines
 const MANY = 3000; // marks: from here on a canvas is quicker than elements
 const drawn = []; // functions that draw again, for another theme
 
@@ -114,15 +113,15 @@ function chart(figure) {
   return holder;
 }
 
-// Lines that were broken to the picture's width are joined again: those that fill it go on in the next.
+// Lines that were broken to the picture's width are joined again; what ends with a space was a line of its own.
 function subtitles(spec) {
-  const below = [spec.title?.subtitle ?? []].flat();
-  const full = Math.max(NARROWEST - 15, 0.8 * Math.max(0, ...below.map((words) => words.length)));
   const joined = [];
-  below.forEach((words, at) => {
-    if (at && below[at - 1].length >= full) joined[joined.length - 1] += ` ${words}`;
-    else joined.push(words);
-  });
+  let ended = true;
+  for (const words of [spec.title?.subtitle ?? []].flat()) {
+    if (ended) joined.push(words.trimEnd());
+    else joined[joined.length - 1] += ` ${words.trimEnd()}`;
+    ended = words.endsWith(" ");
+  }
   return joined.map((words) => text("div", words));
 }
 

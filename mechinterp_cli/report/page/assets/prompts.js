@@ -28,15 +28,15 @@ function promptBrowser(data, colours) {
     back.disabled = pick.selectedIndex === 0;
     next.disabled = pick.selectedIndex === data.prompts.length - 1;
     const cells = map ? cellsOf(map, prompt) : [];
-    const largest = Math.max(0, ...cells.map((cell) => Math.abs(cell.value)));
-    const strongest = strongestByPosition(cells);
-    pair.replaceChildren(...prompt.streams.map((stream) => streamElement(stream, prompt, strongest, largest)));
-    about.textContent = aboutText(map, strongest, largest);
+    const scale = map ? scaleOf(map, cells) : null;
+    const strongest = strongestByPosition(cells, scale);
+    pair.replaceChildren(...prompt.streams.map((stream) => streamElement(stream, prompt, strongest, scale)));
+    about.textContent = map ? aboutText(map, prompt, cells, strongest, scale) : "";
     mapPart.hidden = !cells.length;
     const mine = (turn += 1);
     if (!cells.length) return;
-    const spec = mapSpec(map, cells, largest, colours);
-    const result = await draw(chartHolder, spec, { cells }, `Effects on prompt ${prompt.prompt}`);
+    const spec = mapSpec(map, cells, scale, colours);
+    const result = await draw(chartHolder, spec, { cells }, `${map.title}: prompt ${prompt.prompt}`);
     if (mine !== turn) result.finalize();
     else {
       if (made) made.finalize();
@@ -44,50 +44,78 @@ function promptBrowser(data, colours) {
     }
   };
   drawn.push(() => show());
+  // The first prompt that has something to show.
+  const first = data.prompts.findIndex((prompt) => data.maps.some((map) => map.values[prompt.prompt]));
+  pick.selectedIndex = Math.max(0, first);
   show();
   return section;
 }
 
-function aboutText(map, strongest, largest) {
-  if (!map || !largest) return "";
-  if (!strongest.size) return `Values: ${map.quantity}.`;
-  return `A token's colour: ${map.quantity}, the strongest over all rows of the map; ` +
-    `blue above 0, red below; full colour is ${written(largest)}.`;
+function aboutText(map, prompt, cells, strongest, scale) {
+  if (!cells.length) return map.absent;
+  const told = map.about[prompt.prompt] ? `${map.about[prompt.prompt]} ` : "";
+  const middle = written(scale.middle), far = `${written(scale.high)}${map.signed ? ` or ${written(scale.low)}` : ""}`;
+  if (!strongest.size || !scale.half) return `${told}Values: ${map.quantity}.`;
+  return `${told}A token's colour: ${map.quantity}, the ${scale.middle ? `farthest from ${middle}` : "strongest"} over ` +
+    `all rows of the map; blue above ${middle}, red below; full colour is ${far}.`;
 }
+
+// Where the colours of a map begin and end, and what is white.
+function scaleOf(map, cells) {
+  if (map.scale) {
+    const [low, middle, high] = map.scale;
+    return { low, middle, high, half: high - middle };
+  }
+  const largest = Math.max(0, ...cells.map((cell) => Math.abs(cell.value)));
+  return { low: map.signed ? -largest : 0, middle: 0, high: largest, half: largest };
+}
+
+// How full a cell's colour is, from 0 to 1.
+const fullness = (value, scale) => (scale.half ? Math.min(1, Math.abs(value - scale.middle) / scale.half) : 0);
 
 // Cells of the map that this prompt has, with labels of its own tokens.
 function cellsOf(map, prompt) {
   const values = map.values[prompt.prompt] ?? [];
+  const told = Object.entries(map.told[prompt.prompt] ?? {});
+  const wrong = new Set(map.wrong[prompt.prompt] ?? []);
   const tokens = prompt.streams[0].tokens;
+  const names = map.columns.map((place) => columnName(place, prompt.spans, tokens));
   return map.cells.flatMap(([row, column], at) => {
     const value = values[at];
     if (value === null || value === undefined) return [];
     const place = map.columns[column];
-    const position = typeof place === "number";
+    const more = told.map(([name, cells]) => [name, map.words[name] ? map.words[name][cells[at]] : cells[at]]);
     return [{
-      row: map.rows[row], column: position ? `${place} ${tokens[place] ?? ""}` : place, value,
-      _positions: position ? [place] : (prompt.spans[place] ?? []), _at: column,
+      ...Object.fromEntries(more), row: map.rows[row], column: names[column], value,
+      _positions: typeof place === "number" ? [place] : (prompt.spans[place] ?? []), _at: column, _wrong: wrong.has(at),
     }];
   });
 }
 
-function strongestByPosition(cells) {
+// A position with its token, a span with its own.
+function columnName(place, spans, tokens) {
+  if (typeof place === "number") return `${place} ${tokens[place] ?? ""}`;
+  const words = (spans[place] ?? []).map((position) => tokens[position] ?? "").join("");
+  return words ? `${place}: ${words}` : place;
+}
+
+function strongestByPosition(cells, scale) {
   const found = new Map();
   for (const cell of cells) {
     for (const position of cell._positions) {
       const known = found.get(position);
-      if (!known || Math.abs(cell.value) > Math.abs(known.value)) found.set(position, cell);
+      if (!known || fullness(cell.value, scale) > fullness(known.value, scale)) found.set(position, cell);
     }
   }
   return found;
 }
 
-function streamElement(stream, prompt, strongest, largest) {
+function streamElement(stream, prompt, strongest, scale) {
   const other = prompt.streams.find((one) => one !== stream);
   const words = stream.tokens.map((token, at) => {
     const cell = strongest.get(at);
-    const share = cell && largest ? Math.abs(cell.value) / largest : 0;
-    const kinds = [cell && cell.value < 0 ? "below" : "above", share > 0.8 ? "strong" : "",
+    const share = cell ? fullness(cell.value, scale) : 0;
+    const kinds = [cell && cell.value < scale.middle ? "below" : "above", share > 0.8 ? "strong" : "",
       other && other.tokens[at] !== token ? "differs" : ""];
     const title = `position ${at}` + (cell ? `: ${written(cell.value)} (${cell.row})` : "");
     return text("span", token, { class: kinds.join(" ").trim(), style: { "--share": share.toFixed(2) }, title });
@@ -99,24 +127,46 @@ function streamElement(stream, prompt, strongest, largest) {
     facts(answers));
 }
 
-function mapSpec(map, cells, largest, colours) {
+function mapSpec(map, cells, scale, colours) {
   const half = (colours.length - 1) / 2;
   const range = map.signed ? colours : colours.slice(half);
-  const domain = range.map((_, at) => (map.signed ? (at - half) / half : at / half) * (largest || 1));
+  const share = (at) => (map.signed ? (at - half) / half : at / half);
+  const domain = range.map((_, at) => scale.middle + share(at) * (scale.half || 1));
   const columns = [...new Map([...cells].sort((a, b) => a._at - b._at).map((cell) => [cell.column, 0])).keys()];
   const short = columns.every((name) => name.length <= 3);
   const rows = map.rows.filter((row) => cells.some((cell) => cell.row === row)).reverse();
   return {
     data: { name: "cells" },
-    width: { step: columns.length > 60 ? 8 : 26 },
-    height: { step: rows.length > 40 ? 9 : 15 },
-    mark: { type: "rect" },
+    width: { step: columns.length > 60 ? 8 : columns.length > 6 ? 26 : 46 },
+    height: { step: rows.length > 40 ? 9 : rows.length > 6 ? 15 : 26 },
     encoding: {
-      x: { field: "column", type: "nominal", scale: { domain: columns }, title: map.axis,
+      x: { field: "column", type: "nominal", scale: { domain: columns }, title: map.axis || null,
         axis: { labelAngle: short ? 0 : -60, labelLimit: 150 } },
-      y: { field: "row", type: "nominal", scale: { domain: rows }, title: map.side, axis: { labelLimit: 160 } },
-      color: { field: "value", type: "quantitative", scale: { domain, range, interpolate: "rgb" },
-        legend: { title: map.quantity, gradientLength: 90, format: ".2~g", titleLimit: 160 } },
+      y: { field: "row", type: "nominal", scale: { domain: rows }, title: map.side || null, axis: { labelLimit: 160 } },
     },
+    layer: [{
+      mark: { type: "rect" },
+      encoding: {
+        color: { field: "value", type: "quantitative", scale: { domain, range, interpolate: "rgb", clamp: true },
+          legend: { title: broken(map.quantity), gradientLength: 90, format: ".2~g", titleLimit: 0 } },
+      },
+    }, ...(cells.some((cell) => cell._wrong) ? [WRONG] : [])],
   };
 }
+
+// Words in lines of some letters each, as legends do not break them.
+function broken(words, letters = 18) {
+  const lines = [""];
+  for (const word of words.split(" ")) {
+    const line = lines[lines.length - 1];
+    if (line && line.length + 1 + word.length > letters) lines.push(word);
+    else lines[lines.length - 1] = line ? `${line} ${word}` : word;
+  }
+  return lines;
+}
+
+// What is wrong is told by a sign, not by its colour alone.
+const WRONG = {
+  transform: [{ filter: "datum._wrong" }],
+  mark: { type: "text", text: "×", fontSize: 11, fontWeight: "bold", color: "#1b1b1b", tooltip: null },
+};
