@@ -11,12 +11,15 @@ import pyarrow.parquet as pq
 import pytest
 import typer
 import yaml
+from jsonschema import Draft202012Validator
 from typer.exceptions import TyperException
 
 from mechinterp_cli.cli import experiments as commands_of
+from mechinterp_cli.cli.init import SCHEMA_FILE
 from mechinterp_cli.cli.main import app, main
 from mechinterp_cli.cli.registry import register_all
 from mechinterp_cli.config.loader import LoadedConfig, load_config
+from mechinterp_cli.config.yaml_reader import parse as read_yaml
 from mechinterp_cli.models import zoo
 from mechinterp_cli.runs.atomic import file_info
 from mechinterp_cli.runs.manifest import Manifest
@@ -73,6 +76,22 @@ def test_config_loads(path: Path) -> None:
     loaded = load(path)
     assert path.stem == f"{loaded.config.method_name}-{loaded.config.name}"
     assert loaded.config.output.dir == "runs"
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=by_name)
+def test_editors_find_the_schema_beside_a_config_and_no_fault_in_it(path: Path) -> None:
+    text = path.read_text()
+    assert text.startswith(f"# yaml-language-server: $schema={SCHEMA_FILE}\n#")
+    validator = Draft202012Validator(json.loads((path.parent / SCHEMA_FILE).read_text()))
+    document: Any = read_yaml(text, path.name).value
+    assert [error.message for error in validator.iter_errors(document)] == []
+    method = path.stem.split("-")[0]
+    assert list(validator.iter_errors({**document, method: {**document[method], "sitse": []}}))
+
+
+def test_the_schema_beside_the_configs_is_the_one_that_is_printed(run: Main) -> None:
+    committed = (ROOT / "configs" / SCHEMA_FILE).read_text()
+    assert committed == run("schema"), f"an option has changed: mechinterp schema > configs/{SCHEMA_FILE}"
 
 
 @pytest.mark.usefixtures("fetched")
