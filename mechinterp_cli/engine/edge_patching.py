@@ -90,6 +90,50 @@ class Pairs:
         return min(first, int(self.read.min()))
 
 
+def refuse_unpatchable(wiring: Wiring, tokens: Int[Tensor, "prompts positions"], parts: str) -> None:
+    """Refuse what makes patched parts other than they seem.
+
+    Args:
+        wiring: Of the model.
+        tokens: Ids to try it on.
+        parts: What is patched, for the message.
+
+    Raises:
+        UserError: As said.
+    """
+    model, anatomy = wiring.model, wiring.anatomy
+    reason = None
+    if not anatomy.causal:
+        reason = "a later token changes earlier logits"
+    elif next(model.parameters()).dtype != torch.float32:
+        reason = "it is not in float32, and differences of outputs would be lost in rounding"
+    elif not acts_through_embed(model, anatomy, tokens):
+        reason = "its tokens act on layers in other ways than through what enters layer 0"
+    if reason is not None:
+        raise UserError(
+            f"{parts} of this model cannot be patched: {reason}",
+            "Take another model (or model.dtype: float32), or patch whole sites with patch.",
+        )
+
+
+def refuse_deviation(deviation: float, parts: str) -> None:
+    """Refuse a model whose parts do not give its own logits.
+
+    Args:
+        deviation: Largest difference, in parts of the largest logit.
+        parts: What is patched, for the message.
+
+    Raises:
+        ProofError: It is too large.
+    """
+    if not deviation <= FLOAT32_TOLERANCE:
+        raise ProofError(
+            f"{parts} of this model cannot be patched: its parts give logits that are {deviation:.2g} of their scale "
+            f"from its own, {FLOAT32_TOLERANCE:g} is allowed",
+            "Nothing was computed. Take another model, or patch whole sites with patch.",
+        )
+
+
 class EdgePatching:
     """Runs circuits of one model on pairs of prompts.
 
@@ -108,32 +152,12 @@ class EdgePatching:
         self.wiring, self.pairs, self.memory = wiring, pairs, memory
         self.graph = graph or wiring.graph
         self.columns: dict[int, Columns | None] = {}
-        self._check()
+        refuse_unpatchable(wiring, pairs.own[:1], "edges")
         cells = pairs.own.shape[1] - pairs.start
         per_prompt = cells * len(self.graph.sources) * wiring.anatomy.d_model * 4
         step = max(1, memory // (2 * per_prompt))
         self.parts = [Part(self, low, pairs.part(low, low + step)) for low in range(0, len(pairs.own), step)]
         self.deviation = self._proved()
-
-    def _check(self) -> None:
-        """Refuse what makes patched edges other than they seem.
-
-        Raises:
-            UserError: As said.
-        """
-        model, anatomy, pairs = self.wiring.model, self.wiring.anatomy, self.pairs
-        reason = None
-        if not anatomy.causal:
-            reason = "a later token changes earlier logits"
-        elif next(model.parameters()).dtype != torch.float32:
-            reason = "it is not in float32, and differences of outputs would be lost in rounding"
-        elif not acts_through_embed(model, anatomy, pairs.own[:1]):
-            reason = "its tokens act on layers in other ways than through what enters layer 0"
-        if reason is not None:
-            raise UserError(
-                f"edges of this model cannot be patched: {reason}",
-                "Take another model (or model.dtype: float32), or patch whole sites with patch.",
-            )
 
     def run(
         self, masks: Masks, measure: Measure, tick: Callable[[int], None] = lambda done: None
@@ -176,12 +200,7 @@ class EdgePatching:
         tokens = torch.cat([self.pairs.own[:1], self.pairs.other[:1]]).to(got.device)
         native = forward(self.wiring.model, tokens)[:, -1].float()
         deviation = float((got - native).abs().max() / native.abs().max())
-        if not deviation <= FLOAT32_TOLERANCE:
-            raise ProofError(
-                f"edges of this model cannot be patched: its parts give logits that are {deviation:.2g} of their scale "
-                f"from its own, {FLOAT32_TOLERANCE:g} is allowed",
-                "Nothing was computed. Take another model, or patch whole sites with patch.",
-            )
+        refuse_deviation(deviation, "edges")
         return deviation
 
 
