@@ -11,12 +11,14 @@ from mechinterp_cli.report.causal import unit_of
 from mechinterp_cli.report.cells import missing, number, text
 from mechinterp_cli.report.checkpoints import checkpoints_of
 from mechinterp_cli.report.grid import COLUMN_TITLES
-from mechinterp_cli.report.labels import show_token
+from mechinterp_cli.report.labels import show_text, show_token
 from mechinterp_cli.report.rows import chosen_metric, distinct, having
 from mechinterp_cli.report.tokens import NAMES
 from mechinterp_cli.report.tokens import unit_of as unit_of_tokens
 from mechinterp_cli.runs.manifest import Manifest
 
+MAX_SETS = 200
+"""Sets of units that have a map; more cannot be read."""
 PLACES = ("neuron", "head", "kv_head", "span", "position")
 """What the columns of a map may be, the finest first."""
 
@@ -67,8 +69,10 @@ def effect_maps(manifest: Manifest, tables: Mapping[str, pd.DataFrame]) -> Itera
     metric = chosen_metric(summary, manifest.config.get("metrics") or ())
     rows = checkpoints_of(summary).last(summary)
     rows = having(rows, metric=metric).drop_duplicates([name for name in ("trial", "estimator") if name in rows])
-    rows = having(rows, design="single") if "design" in rows else rows
     effects = having(checkpoints_of(results).last(results), metric=metric)
+    if "design" in rows:
+        yield from _set_maps(rows[rows["set"].notna().to_numpy(dtype=bool)], unit_of(metric), effects)
+        rows = having(rows, design="single")
     names = [name for name in ("block", "ablation", "estimator") if name in rows]
     for key, part in rows.groupby(names, sort=True, dropna=False):
         told = [text(value) for name, value in zip(names, key, strict=True) if name != "block"]
@@ -100,6 +104,33 @@ def _effect_map(title: str, unit: str, trials: pd.DataFrame, effects: pd.DataFra
         side="layer",
         rows=[str(layer) for layer in layers] or [""],
         columns=shown,
+        cells=cells,
+        values=by_prompt(effects, effects["trial"].map(cell_of), "effect", len(cells)),
+    )
+
+
+def _set_maps(trials: pd.DataFrame, unit: str, effects: pd.DataFrame) -> Iterator[PromptMap]:
+    """The effects of sets that were ablated, or left alone: a row each, a column per ablation."""
+    if trials.empty or len(trials) > MAX_SETS:
+        return
+    ablations = distinct(trials, "ablation")
+    told = [
+        show_text(text(row["label"]).removesuffix(f", {text(row['ablation'])}"))
+        for row in trials[["label", "ablation"]].to_dict("records")
+    ]
+    names = list(dict.fromkeys(told))
+    at_row, at_column = ({name: at for at, name in enumerate(known)} for known in (names, ablations))
+    places = [(at_row[name], at_column[text(own)]) for name, own in zip(told, trials["ablation"], strict=True)]
+    cells = sorted(set(places))
+    at_cell = {cell: at for at, cell in enumerate(cells)}
+    cell_of = {int(trial): at_cell[place] for trial, place in zip(trials["trial"], places, strict=True)}
+    yield PromptMap(
+        title="sets",
+        quantity=f"effect on {unit}",
+        axis="ablation",
+        side="ablated",
+        rows=names,
+        columns=ablations,
         cells=cells,
         values=by_prompt(effects, effects["trial"].map(cell_of), "effect", len(cells)),
     )

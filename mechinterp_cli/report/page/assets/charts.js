@@ -2,6 +2,8 @@
 const HIDDEN_FIELDS = new Set(["state", "ink", "first", "last"]);
 const FIELD_NAMES = { p: "adjusted p", kind: "", series: "" };
 const ERRORS = 1; // Vega's level of what it writes to the console
+const NARROW = 620; // pixels
+const ACROSS = 180; // pixels of a legend's colours that lie below their panel
 const MANY = 3000; // marks: from here on a canvas is quicker than elements
 const drawn = []; // functions that draw again, for another theme
 
@@ -72,9 +74,17 @@ function forDark(spec) {
   return JSON.parse(words.includes('"NaN"') ? words : words.replaceAll('"#000000"', '"#eceef1"'));
 }
 
+// In a narrow window panels stand below each other, and legends below their panel.
+function fitted(spec, room) {
+  if (room >= NARROW) return spec;
+  const config = { ...spec.config, legend: { ...spec.config.legend, orient: "bottom", columns: 1 } };
+  const below = JSON.stringify({ ...spec, config }).replaceAll(/"gradientLength":\d+/g, `"gradientLength":${ACROSS}`);
+  return { ...JSON.parse(below), ...(spec.concat ? { columns: 1 } : {}) };
+}
+
 async function draw(holder, spec, datasets, label) {
   const rows = Object.values(datasets).reduce((sum, part) => sum + part.length, 0);
-  const whole = { ...themed(spec), datasets };
+  const whole = { ...fitted(themed(spec), holder.parentElement?.clientWidth || innerWidth), datasets };
   const renderer = rows > MANY ? "canvas" : "svg";
   const tooltip = tooltipOf(fieldNames(spec));
   const options = { mode: "vega-lite", actions: false, ast: true, renderer, tooltip, logLevel: ERRORS };

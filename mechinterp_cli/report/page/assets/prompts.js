@@ -148,14 +148,14 @@ function mapSpec(map, cells, scale, colours) {
       mark: { type: "rect" },
       encoding: {
         color: { field: "value", type: "quantitative", scale: { domain, range, interpolate: "rgb", clamp: true },
-          legend: { title: broken(map.quantity), gradientLength: 90, format: ".2~g", titleLimit: 0 } },
+          legend: { title: broken(map.quantity), orient: "top", gradientLength: 160, format: ".2~g", titleLimit: 0 } },
       },
     }, ...(cells.some((cell) => cell._wrong) ? [WRONG] : [])],
   };
 }
 
 // Words in lines of some letters each, as legends do not break them.
-function broken(words, letters = 18) {
+function broken(words, letters = 40) {
   const lines = [""];
   for (const word of words.split(" ")) {
     const line = lines[lines.length - 1];
