@@ -248,9 +248,11 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 from mechinterp_cli.cli.main import main
 import mechinterp_cli.cli.experiments as command
+import mechinterp_cli.cli.registry as registry
 import mechinterp_cli.methods as package
 from mechinterp_cli.config.base import MethodOptions
 from mechinterp_cli.runs.recorder import record
+registry.register_all = lambda: None  # the methods that there are take seconds to import, and none is asked for
 class Fake(MethodOptions):
     method_name = "fake"
 def run_experiment(loaded, *, out, progress):

@@ -19,8 +19,12 @@ from mechinterp_cli.cli.init import SCHEMA_FILE
 from mechinterp_cli.cli.main import app, main
 from mechinterp_cli.cli.registry import register_all
 from mechinterp_cli.config.loader import LoadedConfig, load_config
+from mechinterp_cli.config.model import ModelOptions
 from mechinterp_cli.config.yaml_reader import parse as read_yaml
+from mechinterp_cli.methods import run as methods_run
 from mechinterp_cli.models import zoo
+from mechinterp_cli.models.load import load_model
+from mechinterp_cli.models.loaded import LoadedModel
 from mechinterp_cli.runs.atomic import file_info
 from mechinterp_cli.runs.manifest import Manifest
 from mechinterp_cli.runs.schema import PARQUET_ONLY
@@ -94,9 +98,26 @@ def test_the_schema_beside_the_configs_is_the_one_that_is_printed(run: Main) -> 
     assert committed == run("schema"), f"an option has changed: mechinterp schema > configs/{SCHEMA_FILE}"
 
 
+@pytest.fixture(scope="module")
+def planned_on() -> Callable[[ModelOptions], LoadedModel]:
+    """Loads a model once for all plans, which only look at it."""
+    models: dict[str, LoadedModel] = {}
+
+    def load_once(options: ModelOptions) -> LoadedModel:
+        wanted = options.model_dump_json()
+        if wanted not in models:
+            models[wanted] = load_model(options)
+        return models[wanted]
+
+    return load_once
+
+
 @pytest.mark.usefixtures("fetched")
 @pytest.mark.parametrize("path", CONFIGS, ids=by_name)
-def test_config_has_a_plan(path: Path, run: Main) -> None:
+def test_config_has_a_plan(
+    path: Path, run: Main, planned_on: Callable[[ModelOptions], LoadedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(methods_run, "load_model", planned_on)
     kind = path.stem.split("-")[0]
     plan = json.loads(run(kind, path, "--dry-run"))
     task = load(path).config.resolved()["task"]
@@ -175,7 +196,7 @@ def test_the_toy_config_leaves_a_whole_run_directory_and_runs_again_from_it(tmp_
     ("name", "blocks", "overrides"),
     [
         ("patch-ioi", 1, ["task.n=3"]),
-        ("patch-ioi-heads", 1, ["task.n=2"]),
+        pytest.param("patch-ioi-heads", 1, ["task.n=2"], marks=pytest.mark.slow),
         pytest.param("patch-facts-tracing", 3, ["task.n=3", "patch.tracing.draws=2"], marks=pytest.mark.slow),
     ],
 )
@@ -261,7 +282,7 @@ def test_the_configs_of_ablate_on_the_toys_leave_whole_run_directories(
         ),
         pytest.param("ablate-pairs", 1, {"interactions"}, ["task.n=3"], marks=pytest.mark.slow),
         # A map for each block of edges, and the two groups side by side; the loss by position for each length of text.
-        ("ablate-shortcut", 2 + 1, {"contrasts"}, ["task.n=8"]),
+        pytest.param("ablate-shortcut", 2 + 1, {"contrasts"}, ["task.n=8"], marks=pytest.mark.slow),
         pytest.param(
             "ablate-text",
             4,
@@ -302,13 +323,14 @@ def test_the_toy_config_of_attribute_leaves_a_whole_run_directory(tmp_path: Path
         pytest.param("attribute-relp", 6 * 2 + 1, 0, VERIFIED, FEW, marks=pytest.mark.slow),
         ("attribute-direct", 2, 0, {"direct", "components", "sources"}, ["task.n=2"]),
         ("attribute-lens", 2, 0, {"lens"}, ["task.n=2"]),
-        ("attribute-tokens", 2, 1, {"inputs", "input_spans"}, ["task.n=2"]),
-        (
+        pytest.param("attribute-tokens", 2, 1, {"inputs", "input_spans"}, ["task.n=2"], marks=pytest.mark.slow),
+        pytest.param(
             "attribute-tokens-corrupt",
             2,
             1,
             {"inputs", "input_spans", "input_completeness"},
             ["task.n=2", "attribute.inputs.steps=4"],
+            marks=pytest.mark.slow,
         ),
     ],
 )
