@@ -9,7 +9,7 @@ import pytest
 
 from mechinterp_cli.engine.edge_patching import EdgePatching
 from mechinterp_cli.errors import RunError
-from mechinterp_cli.methods.circuit import evaluating, scoring
+from mechinterp_cli.methods.circuit import engines, evaluating
 from mechinterp_cli.methods.resume import resume_experiment
 from mechinterp_cli.methods.run import dry_run, run_experiment
 from mechinterp_cli.report.cells import number
@@ -186,7 +186,7 @@ def test_what_is_saved_is_not_computed_again_and_the_tables_are_the_same(
     (path,) = (tmp_path / "stopped").iterdir()
     units = sorted(unit.stem for unit in (path / "units").iterdir())
     assert units == ["circuits-000", "circuits-001", "score-eap-000"]
-    monkeypatch.setattr(scoring, "edge_scores", broken)  # would stop the run, were it asked again
+    monkeypatch.setattr(engines, "edge_scores", broken)  # would stop the run, were it asked again
     resume_experiment(path, progress=SilentProgress())
     for name in (name for name in TABLES if name not in ("tests", "minimality")):
         assert (path / f"{name}.parquet").read_bytes() == (whole.path / f"{name}.parquet").read_bytes(), name

@@ -13,11 +13,9 @@ from mechinterp_cli.methods.circuit.choose import (
     Ranking,
     Topology,
     best_first,
-    connected,
     edges_among,
     first_sizes,
     greedy,
-    node_scores,
 )
 
 Bools = npt.NDArray[np.bool_]
@@ -73,23 +71,23 @@ def on_paths(topology: Topology, kept: Bools) -> Bools:
 def test_connected_edges_are_those_on_paths(of: Graph, seed: int, share: float) -> None:
     topology = Topology.of(of)
     kept = np.random.default_rng(seed).random(of.n_edges) < share * (0.5 if of is GROUPED else 1)
-    assert (connected(topology, kept) == on_paths(topology, kept)).all()
+    assert (topology.connected(kept) == on_paths(topology, kept)).all()
 
 
 def test_a_shared_key_leads_on_through_each_head_that_reads_it() -> None:
     topology = Topology.of(GROUPED)
     for head in (2, 3):
         path = ("embed->a0.h1.k", f"a0.h{head}->logits")
-        assert named(GROUPED, connected(topology, keep(GROUPED, *path))) == set(path)
-    assert not connected(topology, keep(GROUPED, "embed->a0.h1.k", "a0.h1->logits")).any()
+        assert named(GROUPED, topology.connected(keep(GROUPED, *path))) == set(path)
+    assert not topology.connected(keep(GROUPED, "embed->a0.h1.k", "a0.h1->logits")).any()
 
 
 def test_what_leads_nowhere_and_what_comes_from_nowhere_is_left_out() -> None:
     topology = Topology.of(GRAPH)
     whole = ("embed->a0.h1.v", "a0.h1->a1.h0.k", "a1.h0->logits")
     loose = ("embed->a0.h0.q", "a0.h0->m1", "m0->a1.h1.v")
-    assert named(GRAPH, connected(topology, keep(GRAPH, *whole, *loose))) == set(whole)
-    assert not connected(topology, keep(GRAPH, *whole[1:])).any()
+    assert named(GRAPH, topology.connected(keep(GRAPH, *whole, *loose))) == set(whole)
+    assert not topology.connected(keep(GRAPH, *whole[1:])).any()
 
 
 @pytest.mark.parametrize("rank", ["signed", "absolute"])
@@ -103,7 +101,7 @@ def test_a_ranking_keeps_int_of_size_times_all_edges_and_circuits_lie_in_each_ot
     for circuit in chosen:
         best = set(sorted(range(len(scores)), key=lambda edge: -strength[edge])[: int(circuit.size * len(scores))])
         assert circuit.asked == len(best)
-        assert (circuit.kept == connected(topology, np.isin(np.arange(len(scores)), list(best)))).all()
+        assert (circuit.kept == topology.connected(np.isin(np.arange(len(scores)), list(best)))).all()
     assert all((small.kept <= large.kept).all() for small, large in itertools.pairwise(chosen))
     assert chosen[-1].kept.all()
     first = first_sizes(sizes, [circuit.kept for circuit in chosen])
@@ -132,7 +130,7 @@ def test_the_greedy_search_takes_the_best_edge_into_what_it_has() -> None:
 def test_nodes_are_ranked_by_the_sum_of_what_leaves_them_and_keep_the_edges_among_them() -> None:
     topology = Topology.of(GRAPH)
     scores = np.random.default_rng(2).normal(size=GRAPH.n_edges)
-    sums = node_scores(topology, scores)
+    sums = topology.node_scores(scores)
     for node, name in enumerate(topology.nodes):
         leaving = [edge for edge in range(len(scores)) if GRAPH.edge_name(edge).split("->")[0] == name]
         assert sums[node] == pytest.approx(sum(scores[edge] for edge in leaving))
@@ -143,7 +141,7 @@ def test_nodes_are_ranked_by_the_sum_of_what_leaves_them_and_keep_the_edges_amon
         source, target = name.split("->")
         assert {source, ".".join(target.split(".")[:2])} <= best
     nodes = np.isin(np.array(topology.nodes), list(best))
-    assert named(GRAPH, circuit.kept) == named(GRAPH, connected(topology, edges_among(topology, nodes)))
+    assert named(GRAPH, circuit.kept) == named(GRAPH, topology.connected(edges_among(topology, nodes)))
 
 
 def test_edges_without_a_score_come_last_and_ties_keep_their_order() -> None:

@@ -11,7 +11,7 @@ import torch
 from mechinterp_cli.engine.circuit_graph import Graph
 from mechinterp_cli.engine.edge_patching import EdgePatching, Pairs
 from mechinterp_cli.engine.wiring import wired
-from mechinterp_cli.methods.circuit.choose import Topology, connected
+from mechinterp_cli.methods.circuit.choose import Topology
 from mechinterp_cli.methods.measure import build_prompts
 from mechinterp_cli.metrics import Measurer
 from mechinterp_cli.models.loaded import LoadedModel
@@ -138,7 +138,7 @@ def test_any_strictly_smaller_circuit_has_less(planted: LoadedModel) -> None:
     assert len(smaller) == 31
     assert share[2:].max() < 0.5
     topology = Topology.of(graph)
-    assert (connected(topology, masks[0]) == masks[0]).all()
+    assert (topology.connected(masks[0]) == masks[0]).all()
 
 
 def test_prompts_corrupted_at_every_token_repeat_nothing(planted: LoadedModel) -> None:

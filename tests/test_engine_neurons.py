@@ -311,7 +311,6 @@ def test_circuits_by_span_are_those_of_ordinary_hooks(family: str) -> None:
     ("name", "family", "spread"),
     [
         ("toy-induction", "llama", 1),
-        ("planted-induction", "gpt2", 1),
         pytest.param("smollm2-135m-instruct", "llama", 307, marks=pytest.mark.slow),
     ],
 )

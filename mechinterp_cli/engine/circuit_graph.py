@@ -8,8 +8,8 @@ in the order in which they write, so that a target reads the first so many of th
 edge = `graph.first[target] + source`.
 
 What is kept or taken away are *items*: edges, or nodes (a source with all its edges) at the coarser granularity; both
-by span of positions where the graph has spans. Items are numbered span by span. Finer sources (neurons) would be more
-kinds of `Source` in the same order; nothing else here would change.
+by span of positions where the graph has spans. Items are numbered span by span. Single neurons are no sources here, as
+their edges would be tens of millions: circuits of neurons are of `circuit_items`.
 
 This module is about names and numbers alone. `mechinterp_cli.engine.wiring` proves that a model is such a graph and
 computes what sources write and targets read; `edge_scores` scores edges.

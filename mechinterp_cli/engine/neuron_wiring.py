@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mechinterp_cli.engine.circuit_graph import Graph
 from mechinterp_cli.engine.circuit_items import Items
 from mechinterp_cli.engine.edits import Site
 from mechinterp_cli.engine.instrument import read_sites
@@ -100,6 +101,11 @@ class NeuronWiring:
     items: Items
     ways: Mapping[int, Way]
     deviation: float
+
+    @property
+    def graph(self) -> Graph:
+        """Sources and targets."""
+        return self.items.graph
 
     @property
     def sites(self) -> frozenset[Site]:

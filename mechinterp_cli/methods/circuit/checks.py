@@ -3,7 +3,10 @@
 from collections.abc import Sequence
 
 from mechinterp_cli.engine.circuit_graph import Graph
+from mechinterp_cli.engine.circuit_items import Items
 from mechinterp_cli.errors import UserError
+from mechinterp_cli.methods.circuit.choose import Topology
+from mechinterp_cli.methods.circuit.neurons import ItemTopology
 from mechinterp_cli.methods.circuit.options import LINEAR, CircuitOptions
 from mechinterp_cli.methods.experiment import Setting
 from mechinterp_cli.metrics import METRICS, check_prompts, find_metric
@@ -36,8 +39,12 @@ def check_options(options: CircuitOptions, setting: Setting) -> None:
             )
             remedy = "Use direction: denoise, eap_ig_inputs, eap_ig_activations or clean_corrupted, or another metric."
             raise loaded.error(path, problem, remedy)
-    if options.granularity == "nodes" and options.select == "greedy":
-        problem = "greedy goes from edge to edge, and granularity is nodes"
+    if options.granularity == "neurons" and "acdc" in options.scores:
+        path = ("circuit", "scores", options.scores.index("acdc"))
+        problem = "acdc goes from edge to edge, and granularity is neurons"
+        raise loaded.error(path, problem, "Use granularity: edges, or another score.")
+    if options.granularity != "edges" and options.select == "greedy":
+        problem = f"greedy goes from edge to edge, and granularity is {options.granularity}"
         raise loaded.error(("circuit", "select"), problem, "Use select: top.")
     _check_tests(options, setting)
 
@@ -61,6 +68,20 @@ def graph_of(options: CircuitOptions, setting: Setting) -> Graph:
         return Graph.of(setting.model.anatomy, spans=spans)
     except UserError as error:
         raise setting.loaded.error(("model", "id"), error.cause, error.remedy) from error
+
+
+def topology_of(options: CircuitOptions, setting: Setting, graph: Graph) -> Topology:
+    """What circuits are made of, as numbers.
+
+    Raises:
+        UserError: They are to be made of neurons, and the model's cannot be told apart.
+    """
+    if options.granularity != "neurons":
+        return Topology.of(graph)
+    try:
+        return ItemTopology.over(Items.of(setting.model.anatomy, graph))
+    except UserError as error:
+        raise setting.loaded.error(("circuit", "granularity"), error.cause, error.remedy) from error
 
 
 def span_names(options: CircuitOptions, setting: Setting) -> tuple[str, ...]:

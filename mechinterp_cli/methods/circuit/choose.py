@@ -5,12 +5,14 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from mechinterp_cli.engine.circuit_graph import Graph, Source, Target
 from mechinterp_cli.methods.circuit.options import Rank, Select
+from mechinterp_cli.tasks.draw import Draw
 
 Bools = npt.NDArray[np.bool_]
 Floats = npt.NDArray[np.float64]
@@ -66,6 +68,63 @@ class Topology:
         none = np.zeros(0, dtype=np.int64)
         return tuple(np.concatenate([none, *(by_input[i] for i in np.flatnonzero(own))]) for own in self.feeds.T)
 
+    level: ClassVar[Literal["edges", "neurons"]] = "edges"
+    """What circuits are made of."""
+
+    @cached_property
+    def fixed(self) -> Bools:
+        """[edges] those that every circuit has without their being chosen: none."""
+        return np.zeros(len(self), dtype=bool)
+
+    def rest(self, kept: Bools) -> Bools:
+        """[edges] the model without a circuit."""
+        return np.asarray(~kept | self.fixed)
+
+    def connected(self, kept: Bools) -> Bools:
+        """Of some edges those that lie on a path from the embedding to the logits.
+
+        Args:
+            kept: [edges].
+        """
+        into = np.zeros((len(self.nodes), len(self.inputs)), dtype=np.float32)
+        into[self.source[kept], self.target[kept]] = 1
+        leads = (into @ self.feeds.astype(np.float32)) > 0  # [nodes, nodes]
+        count = len(self.nodes)
+        reached, leaves = np.zeros(count, dtype=bool), np.zeros(count, dtype=bool)
+        reached[0] = leaves[-1] = True
+        for node in range(1, count):
+            reached[node] = bool((leads[:node, node] & reached[:node]).any())
+        for node in range(count - 2, -1, -1):
+            leaves[node] = bool((leads[node, node + 1 :] & leaves[node + 1 :]).any())
+        through = reached & leaves
+        alive = self.feeds @ through  # inputs of which a node lies on a path
+        return np.asarray(kept & through[self.source] & alive[self.target])
+
+    def nodes_of(self, kept: Bools) -> Bools:
+        """[nodes] that edges of a circuit leave."""
+        found = np.zeros(len(self.nodes), dtype=bool)
+        found[self.source[kept]] = True
+        return found
+
+    def node_scores(self, scores: Floats) -> Floats:
+        """[nodes, ...] sums of the scores of the edges that leave a node: by linearity, the node's own score.
+
+        Args:
+            scores: [edges, ...].
+        """
+        totals = np.zeros((len(self.nodes), *scores.shape[1:]))
+        np.add.at(totals, self.source, scores)
+        return totals
+
+    def path(self, draw: Draw) -> list[int]:
+        """A random path: from the logits up, each time one of the edges into a node."""
+        node, path = len(self.nodes) - 1, list[int]()
+        while node != 0:
+            edge: int = draw.choice(self.into[node].tolist())
+            path.append(edge)
+            node = int(self.source[edge])
+        return path
+
     def names(self, edge: int) -> tuple[str, str]:
         """Where an edge comes from and what it leads into."""
         return self.nodes[self.source[edge]], self.inputs[self.target[edge]]
@@ -86,35 +145,6 @@ def _readers(target: Target, shared: int) -> list[Source | None]:
     return [Source("head", target.layer, head) for head in heads]
 
 
-def connected(topology: Topology, kept: Bools) -> Bools:
-    """Of some edges those that lie on a path from the embedding to the logits.
-
-    Args:
-        topology: The graph.
-        kept: [edges].
-    """
-    into = np.zeros((len(topology.nodes), len(topology.inputs)), dtype=np.float32)
-    into[topology.source[kept], topology.target[kept]] = 1
-    leads = (into @ topology.feeds.astype(np.float32)) > 0  # [nodes, nodes]
-    count = len(topology.nodes)
-    reached, leaves = np.zeros(count, dtype=bool), np.zeros(count, dtype=bool)
-    reached[0] = leaves[-1] = True
-    for node in range(1, count):
-        reached[node] = bool((leads[:node, node] & reached[:node]).any())
-    for node in range(count - 2, -1, -1):
-        leaves[node] = bool((leads[node, node + 1 :] & leaves[node + 1 :]).any())
-    through = reached & leaves
-    alive = topology.feeds @ through  # inputs of which a node lies on a path
-    return np.asarray(kept & through[topology.source] & alive[topology.target])
-
-
-def nodes_of(topology: Topology, kept: Bools) -> Bools:
-    """[nodes] that edges of a circuit leave."""
-    found = np.zeros(len(topology.nodes), dtype=bool)
-    found[topology.source[kept]] = True
-    return found
-
-
 def edges_among(topology: Topology, nodes: Bools) -> Bools:
     """[edges] from a kept node into an input of a kept node; embedding and logits are always kept.
 
@@ -125,18 +155,6 @@ def edges_among(topology: Topology, nodes: Bools) -> Bools:
     kept = nodes.copy()
     kept[[0, -1]] = True
     return np.asarray(kept[topology.source] & (topology.feeds @ kept)[topology.target])
-
-
-def node_scores(topology: Topology, scores: Floats) -> Floats:
-    """[nodes, ...] sums of the scores of the edges that leave a node: by linearity, the node's own score.
-
-    Args:
-        topology: The graph.
-        scores: [edges, ...].
-    """
-    totals = np.zeros((len(topology.nodes), *scores.shape[1:]))
-    np.add.at(totals, topology.source, scores)
-    return totals
 
 
 def strengths(scores: Floats, rank: Rank) -> Floats:
@@ -225,13 +243,14 @@ class Ranking:
             of_nodes: Rank nodes, by the sums of what leaves them.
         """
         if of_nodes:
-            return cls(topology, 1 + best_first(node_scores(topology, scores)[1:-1], rank), of_nodes=True)
-        return cls(topology, greedy(topology, scores, rank) if select == "greedy" else best_first(scores, rank))
+            return cls(topology, 1 + best_first(topology.node_scores(scores)[1:-1], rank), of_nodes=True)
+        order = greedy(topology, scores, rank) if select == "greedy" else best_first(scores, rank)
+        return cls(topology, order[~topology.fixed[order]])
 
     @property
     def total(self) -> int:
         """How many there are to choose from."""
-        return self.topology.inner if self.of_nodes else len(self.topology)
+        return self.topology.inner if self.of_nodes else len(self.topology) - int(self.topology.fixed.sum())
 
     def at(self, size: float) -> Chosen:
         """The circuit of the best `int(size · all)`."""
@@ -240,10 +259,10 @@ class Ranking:
         if self.of_nodes:
             nodes = np.zeros(len(self.topology.nodes), dtype=bool)
             nodes[best] = True
-            return Chosen(size, asked, connected(self.topology, edges_among(self.topology, nodes)))
-        kept = np.zeros(len(self.topology), dtype=bool)
+            return Chosen(size, asked, self.topology.connected(edges_among(self.topology, nodes)))
+        kept = self.topology.fixed.copy()
         kept[best] = True
-        return Chosen(size, asked, connected(self.topology, kept))
+        return Chosen(size, asked, self.topology.connected(kept))
 
     def all(self, sizes: Sequence[float]) -> Iterator[Chosen]:
         """The circuits of several sizes; each lies in the next."""

@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mechinterp_cli.methods.beside import Row
-from mechinterp_cli.methods.circuit.choose import Bools, Chosen, Ranking, Topology, nodes_of
+from mechinterp_cli.methods.circuit.choose import Bools, Chosen, Ranking, Topology
 from mechinterp_cli.methods.circuit.options import RANKS, CircuitOptions, Rank
 from mechinterp_cli.methods.circuit.sets import Handmade
 
@@ -46,8 +46,8 @@ class Circuit:
 
     def counts(self, topology: Topology) -> Row:
         """How many edges and inner nodes it has."""
-        nodes = int(nodes_of(topology, self.kept)[1:-1].sum())
-        return {"asked": self.asked, "kept": int(self.kept.sum()), "nodes": nodes}
+        nodes, kept = topology.nodes_of(self.kept)[1:-1], self.kept & ~topology.fixed
+        return {"asked": self.asked, "kept": int(kept.sum()), "nodes": int(nodes.sum())}
 
 
 def ranked(

@@ -12,13 +12,13 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from mechinterp_cli.engine.edge_patching import EdgePatching, Pairs
-from mechinterp_cli.engine.wiring import Wiring
+from mechinterp_cli.engine.edge_patching import Pairs
 from mechinterp_cli.errors import UserError
 from mechinterp_cli.methods import measure as measuring
 from mechinterp_cli.methods.bench import Bench
 from mechinterp_cli.methods.circuit.checks import REST
 from mechinterp_cli.methods.circuit.choose import Bools
+from mechinterp_cli.methods.circuit.engines import Parts, Patching, patching
 from mechinterp_cli.methods.circuit.saving import Saving
 from mechinterp_cli.methods.experiment import Setting
 from mechinterp_cli.tasks.prompts import PromptSet
@@ -98,20 +98,20 @@ class Evaluator:
 
     Args:
         setting: Config, model, prompts.
-        wiring: The model as a graph.
+        parts: The model as a graph.
         chosen: The evaluation prompts.
         metrics: What is measured.
         bench: Keeps what is finished.
     """
 
     def __init__(
-        self, setting: Setting, wiring: Wiring, chosen: Sequence[int], metrics: measuring.Metrics, bench: Bench
+        self, setting: Setting, parts: Parts, chosen: Sequence[int], metrics: measuring.Metrics, bench: Bench
     ) -> None:
-        self.setting, self.wiring, self.metrics, self.bench = setting, wiring, metrics, bench
+        self.setting, self.parts, self.metrics, self.bench = setting, parts, metrics, bench
         self.count = len(chosen)
         self.buckets = buckets(setting.prompts, chosen)
         self._known: dict[bytes, Floats] = {}
-        self._engines: dict[int, EdgePatching] = {}
+        self._engines: dict[int, Patching] = {}
 
     def __call__(self, name: str, masks: Sequence[Bools]) -> Floats:
         """[circuits, prompts, metrics].
@@ -150,14 +150,14 @@ class Evaluator:
         saving.write(values)
         return values
 
-    def _engine(self, number: int) -> EdgePatching:
+    def _engine(self, number: int) -> Patching:
         """The engine of a bucket, which proves itself as it is made; one at a time stays in memory."""
         if number not in self._engines:
             self._engines.clear()
-            bucket, spans = self.buckets[number], self.wiring.graph.spans
+            bucket, spans = self.buckets[number], self.parts.graph.spans
             pairs = pairs_of(self.setting.prompts, bucket.members, spans)
             try:
-                engine = EdgePatching(self.wiring, pairs)
+                engine = patching(self.parts, pairs)
             except UserError as error:
                 raise self.setting.loaded.error(("model",), error.cause, error.remedy) from error
             proofs = self.bench.facts.get("edges_proved", {})

@@ -37,6 +37,10 @@ def _shares(graph: Graph) -> Mapping[int, int]:
     return {layer: n // counts[layer, "k"] for (layer, kind), n in counts.items() if kind == "q"}
 
 
+NO_NEURONS = "its neurons are features of the residual stream that a node writes, and not those of an MLP"
+"""Why circuits of neurons cannot be written in this form."""
+
+
 def exportable(graph: Graph) -> str | None:
     """Why the graph cannot be written in this form; None where it can."""
     heads = {layer: 0 for layer in range(graph.targets[-1].layer)}

@@ -7,18 +7,20 @@ from typing import Any
 
 import numpy as np
 
-from mechinterp_cli.engine.wiring import Wiring, wired
+from mechinterp_cli.engine.neuron_wiring import NeuronWiring, neurons_wired
+from mechinterp_cli.engine.wiring import wired
 from mechinterp_cli.errors import UserError
 from mechinterp_cli.methods import measure as measuring
 from mechinterp_cli.methods import tables as common
 from mechinterp_cli.methods.bench import Bench
 from mechinterp_cli.methods.circuit import tables
-from mechinterp_cli.methods.circuit.checks import check_options, graph_of
-from mechinterp_cli.methods.circuit.choose import Topology
+from mechinterp_cli.methods.circuit.checks import check_options, graph_of, topology_of
 from mechinterp_cli.methods.circuit.circuits import Circuit, handmade, of_ranking, ranked
+from mechinterp_cli.methods.circuit.engines import Parts
 from mechinterp_cli.methods.circuit.evaluating import Evaluator
-from mechinterp_cli.methods.circuit.exchange import exportable, to_json
+from mechinterp_cli.methods.circuit.exchange import NO_NEURONS, exportable, to_json
 from mechinterp_cli.methods.circuit.layout import Layout
+from mechinterp_cli.methods.circuit.neurons import ItemTopology
 from mechinterp_cli.methods.circuit.nodes import node_summary
 from mechinterp_cli.methods.circuit.options import CircuitOptions
 from mechinterp_cli.methods.circuit.planning import plan_of
@@ -59,14 +61,16 @@ class CircuitExperiment(Experiment):
         return {"train": self.layout.chosen("train"), "evaluate": self.layout.chosen("evaluate")}
 
     @cached_property
-    def wiring(self) -> Wiring:
+    def parts(self) -> Parts:
         """The model as a graph, proved.
 
         Raises:
             UserError: Its residual stream is not the sum of its parts; names the model.
         """
+        topology = self.layout.topology
         try:
-            return wired(self.model.model, self.model.anatomy, self.layout.graph)
+            wiring = wired(self.model.model, self.model.anatomy, self.layout.graph)
+            return neurons_wired(wiring, topology.items) if isinstance(topology, ItemTopology) else wiring
         except UserError as error:
             raise self.loaded.error(("model", "id"), error.cause, error.remedy) from error
 
@@ -76,16 +80,20 @@ class CircuitExperiment(Experiment):
         for warning in (*layout.split.warnings, *(note for given in layout.sets for note in _notes(given))):
             bench.warn(warning)
         bench.stage("proving that the residual stream is the sum of its parts")
-        bench.note({"residual_sum": self.wiring.deviation})
+        parts = self.parts
+        if isinstance(parts, NeuronWiring):
+            bench.note({"residual_sum": parts.wiring.deviation, "neuron_sum": parts.deviation})
+        else:
+            bench.note({"residual_sum": parts.deviation})
         streams = layout.streams()
-        scores, circuits = Scoring(layout, self.wiring, bench).run()
+        scores, circuits = Scoring(layout, parts, bench).run()
         means = {score.name: score.values for score in scores if score.name != "acdc"}
         for name, rank, chosen in ranked(layout.topology, layout.options, means):
             circuits += of_ranking(name, rank, chosen)
         circuits += handmade(layout.sets)
         if layout.options.files:
             self._write_files(bench, circuits, means)
-        evaluator = Evaluator(self.setting, self.wiring, layout.chosen("evaluate"), layout.measured(), bench)
+        evaluator = Evaluator(self.setting, parts, layout.chosen("evaluate"), layout.measured(), bench)
         written = Running(layout, evaluator, streams, circuits, means, bench).written()
         bench.stage("working out statistics")
         written |= self._of_scores(scores, streams)
@@ -97,8 +105,8 @@ class CircuitExperiment(Experiment):
         layout, config = self.layout, self.loaded.config
         found: dict[str, Any] = {"summary": node_summary(layout, scores, streams)}
         if config.output.rows == "all":
-            clusters, columns = layout.clusters("train"), tables.EdgeColumns(layout.graph)
-            found["edges"] = tables.edges_table(columns, scores, layout.metric, clusters, config.stats.ci)
+            clusters = layout.clusters("train")
+            found["edges"] = tables.edges_table(layout.columns, scores, layout.metric, clusters, config.stats.ci)
         if layout.options.stability is not None:
             found["stability"] = stability_rows(layout, scores, layout.options.stability)
         return found
@@ -106,7 +114,7 @@ class CircuitExperiment(Experiment):
     def _write_files(self, bench: Bench, circuits: Sequence[Circuit], scores: Mapping[str, Floats]) -> None:
         """Every circuit below size 1 of the chosen ranking as JSON, and all scores where that is asked for."""
         graph, anatomy, options = self.layout.graph, self.model.anatomy, self.layout.options
-        reason = exportable(graph)
+        reason = NO_NEURONS if isinstance(self.layout.topology, ItemTopology) else exportable(graph)
         if reason is not None:
             bench.warn(f"circuits are not written as JSON, since the graph cannot be told in that form: {reason}")
             return
@@ -145,7 +153,7 @@ def prepare(options: CircuitOptions, setting: Setting) -> CircuitExperiment:
     loaded = setting.loaded
     check_options(options, setting)
     graph = graph_of(options, setting)
-    topology = Topology.of(graph)
+    topology = topology_of(options, setting, graph)
     given = {"given": options.given, "reference": options.reference}
     sets = tuple(resolve(loaded, name, one, graph, topology) for name, one in given.items() if one is not None)
     split(loaded, options.split, setting.prompts)

@@ -10,10 +10,12 @@ from mechinterp_cli.config.loader import LoadedConfig
 from mechinterp_cli.engine.circuit_graph import Graph
 from mechinterp_cli.methods import measure as measuring
 from mechinterp_cli.methods.circuit.choose import Ranking, Topology
+from mechinterp_cli.methods.circuit.item_columns import ItemColumns
+from mechinterp_cli.methods.circuit.neurons import ItemTopology
 from mechinterp_cli.methods.circuit.options import CircuitOptions
 from mechinterp_cli.methods.circuit.sets import Handmade
 from mechinterp_cli.methods.circuit.splitting import Split
-from mechinterp_cli.methods.circuit.tables import Floats
+from mechinterp_cli.methods.circuit.tables import EdgeColumns, Floats
 from mechinterp_cli.methods.experiment import Setting
 from mechinterp_cli.metrics import find_metric
 from mechinterp_cli.models.loaded import LoadedModel
@@ -73,6 +75,12 @@ class Layout:
     def of_nodes(self) -> bool:
         """Whether circuits are made of nodes."""
         return self.options.granularity == "nodes"
+
+    @property
+    def columns(self) -> EdgeColumns:
+        """What circuits are made of, for tables."""
+        topology = self.topology
+        return ItemColumns(topology.items) if isinstance(topology, ItemTopology) else EdgeColumns(self.graph)
 
     @property
     def base(self) -> Literal["clean", "corrupt"]:

@@ -9,7 +9,7 @@ from mechinterp_cli.config.types import Count, Flag, Fraction, Index, Number, Se
 
 ScoreName = Literal["eap", "eap_ig_inputs", "eap_ig_activations", "clean_corrupted", "exact", "acdc", "random"]
 Rank = Literal["signed", "absolute"]
-Level = Literal["edges", "nodes"]
+Level = Literal["edges", "nodes", "neurons"]
 Select = Literal["top", "greedy"]
 
 MIB_SIZES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
@@ -68,8 +68,8 @@ class CircuitSet(BaseConfig):
     heads: tuple[Text, ...] = ()
     """`9.6` is head 6 of layer 9. With `mlps`, a circuit of nodes: all edges among them, from the embedding and to the
     logits."""
-    mlps: Literal["all"] | tuple[Index, ...] = ()
-    """Layers whose MLP is in it, beside `heads`."""
+    mlps: Literal["all"] | tuple[Index | Text, ...] = ()
+    """Layers whose MLP is in it, beside `heads`; with `granularity: neurons` also single neurons, such as `m3.n17`."""
     edges: tuple[Text, ...] = ()
     """`embed->0.1.v`, `0.1->1.2.k`, `mlp3->logits`; a head's input is `q`, `k` or `v`. Names as EAP-IG writes them are
     read too: `a0.h1->a1.h2<k>`."""
@@ -139,12 +139,14 @@ class CircuitOptions(MethodOptions):
     steps: Count = 5
     """Of integrated gradients."""
     granularity: Level = "edges"
-    """`edges`, or `nodes`: heads and MLPs, with all edges among those that are kept."""
+    """`edges`, or `nodes`: heads and MLPs, with all edges among those that are kept; or `neurons`: heads and the single
+    neurons of every MLP, where what is not kept carries its value of the corrupted prompt."""
     spans: Literal["each"] | Annotated[tuple[Text, ...], Field(min_length=1), AfterValidator(unique)] | None = None
     """Tell edges apart by position: names of spans (all else is one more, `rest`), or `each` position, which needs
     prompts of one template and length. Null: an edge is one at all positions."""
     sizes: Annotated[tuple[Share, ...], Field(min_length=1), AfterValidator(_rising)] = MIB_SIZES
-    """Shares of all edges (or nodes) that circuits keep: `int(share · all)`, less what is not connected."""
+    """Shares of all edges (or nodes, or heads and neurons) that circuits keep: `int(share · all)`, less what is not
+    connected."""
     select: Select = "top"
     """`top`: the edges of the highest scores; `greedy`: from the logits up, each time the best edge into what is in."""
     rank: Rank = "signed"

@@ -1,13 +1,14 @@
 """What a score and its circuits have in common with a reference: AUROC, precision, recall, Jaccard."""
 
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from mechinterp_cli.methods.beside import Row
-from mechinterp_cli.methods.circuit.choose import Bools, Topology, jaccard, node_scores, nodes_of, strengths
+from mechinterp_cli.methods.circuit.choose import Bools, Integers, Topology, jaccard, strengths
 from mechinterp_cli.methods.circuit.circuits import Circuit
 from mechinterp_cli.methods.circuit.options import Level, Rank
 from mechinterp_cli.methods.circuit.sets import Handmade
@@ -33,11 +34,18 @@ class Reference:
     @property
     def levels(self) -> tuple[Level, ...]:
         """What is compared."""
-        return ("nodes",) if self.given.by_nodes else ("edges", "nodes")
+        return ("nodes",) if self.given.by_nodes else (self.topology.level, "nodes")
+
+    @cached_property
+    def _parts(self) -> Integers:
+        """The edges that are compared; of neurons and heads those of the nodes that are."""
+        if self.topology.level == "edges":
+            return np.arange(len(self.topology))
+        return np.flatnonzero(np.isin(self.topology.source, self.inner))
 
     def truth(self, level: Level) -> Bools:
-        """Which edges, or which nodes, are in it."""
-        return self.given.kept if level == "edges" else self.given.nodes[self.inner]
+        """Which edges (or neurons and heads), or which nodes, are in it."""
+        return self.given.nodes[self.inner] if level == "nodes" else self.given.kept[self._parts]
 
     def of_scores(self, scores: Floats, rank: Rank) -> Iterator[Row]:
         """How well a score tells its members from others.
@@ -47,7 +55,7 @@ class Reference:
             rank: By score, or by size.
         """
         for level in self.levels:
-            values = scores if level == "edges" else node_scores(self.topology, scores)[self.inner]
+            values = self.topology.node_scores(scores)[self.inner] if level == "nodes" else scores[self._parts]
             truth, strength = self.truth(level), strengths(values, rank)
             strength = np.where(np.isfinite(strength), strength, strength[np.isfinite(strength)].min(initial=0) - 1)
             if truth.all() or not truth.any():
@@ -59,8 +67,8 @@ class Reference:
     def of_circuit(self, circuit: Circuit) -> Iterator[Row]:
         """How much of it a circuit holds, and how much else."""
         for level in self.levels:
-            nodes = nodes_of(self.topology, circuit.kept)[self.inner]
-            found, truth = (circuit.kept if level == "edges" else nodes), self.truth(level)
+            nodes = self.topology.nodes_of(circuit.kept)[self.inner]
+            found, truth = (nodes if level == "nodes" else circuit.kept[self._parts]), self.truth(level)
             both = int((found & truth).sum())
             measures = {
                 "precision": both / found.sum() if found.any() else None,

@@ -57,7 +57,7 @@ class Running:
         self._check_ends()
         random = self._random()
         shared = (self.ends, layout.metrics, random, sizes)
-        columns = tables.EdgeColumns(layout.graph)
+        columns = layout.columns
         written: dict[str, Any] = {
             "members": tables.members_table(columns, circuits, self.scores),
             "faithfulness": tables.faithfulness_rows(layout.topology, circuits, values, *shared),
@@ -72,7 +72,7 @@ class Running:
 
     def _check_ends(self) -> None:
         """Everything kept must be the model, nothing kept the corrupted prompt: how far they are is noted."""
-        edges = self.layout.graph.n_edges
+        edges = len(self.layout.topology)
         full, empty = self.evaluate("ends", [np.ones(edges, dtype=bool), np.zeros(edges, dtype=bool)])
         found = {}
         for at, (name, ends) in enumerate(zip(self.layout.metrics, self.ends, strict=True)):
@@ -99,17 +99,17 @@ class Running:
     def _tests(self, asked: HypothesisOptions, columns: tables.EdgeColumns) -> dict[str, Any]:
         """Rows of the tests of one circuit, of every metric."""
         circuit = self._tested(asked)
-        if not circuit.kept.any():
-            told = f"circuit.tests: no edge of the circuit of size {asked.size} is connected, so that it is not tested"
-            self.bench.warn(f"{told}; raise tests.size")
+        topology = self.layout.topology
+        if not (circuit.kept & ~topology.fixed).any():
+            what = "edge" if topology.level == "edges" else "head or neuron"
+            told = f"circuit.tests: no {what} of the circuit of size {asked.size} is connected"
+            self.bench.warn(f"{told}, so that it is not tested; raise tests.size")
             return {}
         self.bench.stage("testing a circuit")
         stats, scores = self.layout.loaded.config.stats, self.scores.get(circuit.score)
         found: dict[str, list[dict[str, Any]]] = {"tests": [], "minimality": [], "completeness": []}
         for at, metric in enumerate(self.layout.metrics):
-            rows = CircuitTests(
-                self.layout.topology, circuit, scores, self.ends[at], metric, at, self.evaluate, asked, stats
-            ).run()
+            rows = CircuitTests(topology, circuit, scores, self.ends[at], metric, at, self.evaluate, asked, stats).run()
             found["tests"] += rows.tests
             found["minimality"] += [columns.row(row["edge"]) | row for row in rows.minimality]
             found["completeness"] += rows.completeness

@@ -11,16 +11,16 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from mechinterp_cli.engine import edge_scores as edge_scoring
 from mechinterp_cli.engine.acdc import acdc
 from mechinterp_cli.engine.circuit_graph import Graph
-from mechinterp_cli.engine.edge_patching import EdgePatching, Pairs, exact_edge_effects
-from mechinterp_cli.engine.edge_scores import edge_scores
+from mechinterp_cli.engine.edge_patching import Pairs
+from mechinterp_cli.engine.edge_scores import Method
 from mechinterp_cli.engine.wiring import Wiring
 from mechinterp_cli.errors import UserError
 from mechinterp_cli.methods.bench import Bench
-from mechinterp_cli.methods.circuit.choose import Bools, connected
+from mechinterp_cli.methods.circuit.choose import Bools, Topology
 from mechinterp_cli.methods.circuit.circuits import Circuit, random_scores
+from mechinterp_cli.methods.circuit.engines import Parts, Patching, estimated, exact, patching
 from mechinterp_cli.methods.circuit.evaluating import Bucket, buckets, pairs_of
 from mechinterp_cli.methods.circuit.layout import Layout
 from mechinterp_cli.methods.circuit.options import LINEAR, STEPPED, CircuitOptions, ScoreName
@@ -35,12 +35,12 @@ class Scoring:
 
     Args:
         layout: Config, model, prompts.
-        wiring: The model as a graph.
+        parts: The model as a graph.
         bench: Keeps what is finished.
     """
 
-    def __init__(self, layout: Layout, wiring: Wiring, bench: Bench) -> None:
-        self.layout, self.wiring, self.bench = layout, wiring, bench
+    def __init__(self, layout: Layout, parts: Parts, bench: Bench) -> None:
+        self.layout, self.parts, self.bench = layout, parts, bench
         self.train = layout.chosen("train")
         self.buckets = buckets(layout.prompts, self.train)
         self.metrics = layout.measured()
@@ -62,7 +62,7 @@ class Scoring:
 
     def _scored(self, name: ScoreName) -> Scored:
         """A score that every prompt has."""
-        by_prompt = np.empty((self.layout.graph.n_edges, len(self.train)), dtype=np.float32)
+        by_prompt = np.empty((len(self.layout.topology), len(self.train)), dtype=np.float32)
         for number, bucket in enumerate(self.buckets):
             by_prompt[:, list(bucket.rows)] = self._bucket(name, number, bucket)
         steps = self.layout.options.steps if name in STEPPED else None
@@ -70,7 +70,7 @@ class Scoring:
 
     def _bucket(self, name: ScoreName, number: int, bucket: Bucket) -> Values:
         """[edges, prompts of the bucket], as they were saved or computed now."""
-        shape = (self.layout.graph.n_edges, len(bucket.members))
+        shape = (len(self.layout.topology), len(bucket.members))
         key = f"score-{name.replace('_', '-')}-{number:03d}"
         saving = Saving(self.bench, key, {"shape": json.dumps(shape)})
         values = saving.read()
@@ -83,10 +83,9 @@ class Scoring:
         """[edges, prompts] of effects on the first metric: what patching the edge alone does, or would do."""
         pairs = self._pairs(bucket)
         if name == "exact":
-            edges = np.arange(self.layout.graph.n_edges)
-            tick = self._ticker(number, len(edges))
+            tick = self._ticker(number, len(self.layout.topology))
             with self._named(name):
-                found = exact_edge_effects(self._engine(pairs), edges, self.metrics.on(bucket.members), tick)
+                found = exact(self.parts, pairs, self.metrics.on(bucket.members), tick)
             return found[..., 0].numpy().astype(np.float32)
         index, options, done = torch.tensor(bucket.members), self.layout.options, 0
 
@@ -100,14 +99,8 @@ class Scoring:
 
         report = self._ticker(number, len(bucket.members) * _places(name, options, self.layout.graph))
         with self._named(name):
-            estimates = edge_scores(
-                self.wiring,
-                edge_scoring.Pairs(pairs.own, pairs.other, pairs.read, pairs.span_of),
-                metric,
-                method=cast(edge_scoring.Method, name),
-                steps=options.steps,
-                tick=tick_passes,
-            )
+            method = cast(Method, name)
+            estimates = estimated(self.parts, pairs, metric, method, options.steps, tick_passes)
         return estimates.by_prompt.T
 
     @contextmanager
@@ -118,9 +111,6 @@ class Scoring:
         except UserError as error:
             path = ("circuit", "scores", self.layout.options.scores.index(name))
             raise self.layout.loaded.error(path, error.cause, error.remedy) from error
-
-    def _engine(self, pairs: Pairs) -> EdgePatching:
-        return EdgePatching(self.wiring, pairs)
 
     def _pairs(self, bucket: Bucket) -> Pairs:
         return pairs_of(self.layout.prompts, bucket.members, self.layout.graph.spans, base=self.layout.base)
@@ -133,13 +123,16 @@ class Scoring:
 
     def _acdc(self) -> list[Circuit]:
         """What is left at every threshold; edges that are taken away carry the corrupted prompt."""
-        circuits, engines = list[Circuit](), list[EdgePatching]()
+        circuits, engines = list[Circuit](), list[Patching]()
+        assert isinstance(self.parts, Wiring)  # neurons are refused
 
         def evaluate(masks: Sequence[Bools]) -> Floats:
             if not engines:
                 spans = self.layout.graph.spans
                 with self._named("acdc"):
-                    engines.extend(self._engine(pairs_of(self.layout.prompts, b.members, spans)) for b in self.buckets)
+                    engines.extend(
+                        patching(self.parts, pairs_of(self.layout.prompts, b.members, spans)) for b in self.buckets
+                    )
             total = np.zeros(len(masks))
             for engine, bucket in zip(engines, self.buckets, strict=True):
                 total += engine.run(masks, self.metrics.on(bucket.members))[..., 0].sum(1).numpy()
@@ -151,10 +144,10 @@ class Scoring:
             kept = saving.read()
             if kept is None:
                 tick = partial(self._tell, number, len(thresholds))
-                kept = acdc(self.wiring, evaluate, threshold, tick=tick).kept
+                kept = acdc(self.parts, evaluate, threshold, tick=tick).kept
                 saving.write(kept)
             kept = np.asarray(kept, dtype=bool)
-            circuits.append(Circuit("acdc", connected(self.layout.topology, kept), threshold=threshold))
+            circuits.append(Circuit("acdc", self.layout.topology.connected(kept), threshold=threshold))
         return circuits
 
     def _tell(self, number: int, count: int, decided: int) -> None:
@@ -177,8 +170,8 @@ def _places(name: ScoreName, options: CircuitOptions, graph: Graph) -> int:
     return {"eap": 1, "clean_corrupted": 2, "eap_ig_inputs": options.steps}.get(name, blocks * options.steps)
 
 
-def passes(name: ScoreName, options: CircuitOptions, graph: Graph) -> int:
+def passes(name: ScoreName, options: CircuitOptions, topology: Topology, graph: Graph) -> int:
     """Forward passes that a score is worth, a backward pass counted as one."""
     if name in LINEAR:
         return 2 + 2 * _places(name, options, graph)
-    return {"exact": graph.n_edges, "acdc": graph.n_edges * len(options.acdc.thresholds)}.get(name, 0)
+    return {"exact": len(topology), "acdc": graph.n_edges * len(options.acdc.thresholds)}.get(name, 0)

@@ -10,13 +10,16 @@ import numpy as np
 
 from mechinterp_cli.config.loader import LoadedConfig
 from mechinterp_cli.engine.circuit_graph import ARROW, Graph, Source
+from mechinterp_cli.engine.circuit_items import is_neuron
 from mechinterp_cli.errors import UserError
-from mechinterp_cli.methods.circuit.choose import Bools, Topology, connected, edges_among, nodes_of
+from mechinterp_cli.methods.circuit.choose import Bools, Topology, edges_among
 from mechinterp_cli.methods.circuit.exchange import from_json, split_name
+from mechinterp_cli.methods.circuit.neurons import ItemTopology
 from mechinterp_cli.methods.circuit.options import CircuitSet, Given
 
 KeyPath = tuple[str | int, ...]
 
+_MLP = re.compile(r"m?(\d+)")
 _HEAD = re.compile(r"a?(\d+)\.h?(\d+)")
 _SOURCES = (
     (re.compile(r"input"), "embed"),
@@ -67,18 +70,22 @@ def resolve(loaded: LoadedConfig, name: str, given: Given, graph: Graph, topolog
     else:
         path_of_file = (*path, "file")
     kept, notes = np.zeros(graph.n_edges, dtype=bool), tuple[str, ...]()
+    if isinstance(topology, ItemTopology):
+        _refuse_edges(loaded, path, path_of_file, given)
     if given.file is not None:
         kept, notes = _from_file(loaded, path_of_file, given.file, graph)
     for place, edge in enumerate(given.edges):
         kept[_located(loaded, (*path, "edges", place), partial(_edges, graph, edge))] = True
     by_nodes = bool(given.heads or given.mlps)
-    if by_nodes:
+    if isinstance(topology, ItemTopology):
+        kept, by_nodes = _items(loaded, path, given, topology), False
+    elif by_nodes:
         kept |= edges_among(topology, _nodes(loaded, path, given, graph))
-    found = connected(topology, kept)
+    found = topology.connected(kept)
     if not found.any():
         problem = "an empty circuit: no edge of it lies on a path from the embedding to the logits"
         raise loaded.error(path, problem, "Give edges such as embed->a0.h1.v and a0.h1->logits, or more heads.")
-    nodes = nodes_of(topology, found)
+    nodes = topology.nodes_of(found)
     nodes[-1] = True
     return Handmade(name, found, nodes, by_nodes, int(kept.sum() - found.sum()), notes)
 
@@ -91,20 +98,71 @@ def _located(loaded: LoadedConfig, path: KeyPath, find: Callable[[], Sequence[in
         raise loaded.error(path, error.cause, error.remedy) from error
 
 
-def _nodes(loaded: LoadedConfig, path: KeyPath, given: CircuitSet, graph: Graph) -> Bools:
-    """[nodes] that are named."""
+def _nodes(loaded: LoadedConfig, path: KeyPath, given: CircuitSet, graph: Graph, *, whole: bool = False) -> Bools:
+    """[nodes] that are named.
+
+    Args:
+        loaded: The config, for errors.
+        path: The circuit's key.
+        given: What stands there.
+        graph: The model's graph.
+        whole: Pass over single neurons, which are refused otherwise.
+
+    Raises:
+        UserError: There is no such head or MLP.
+    """
     nodes = np.zeros(len(graph.sources) + 1, dtype=bool)
     for place, name in enumerate(given.heads):
         nodes[_located(loaded, (*path, "heads", place), partial(_head, graph, name))] = True
-    mlps = [source for source in graph.sources if source.kind == "mlp"]
-    layers = [source.layer for source in mlps] if given.mlps == "all" else given.mlps
-    for place, layer in enumerate(layers):
-        source = Source("mlp", layer)
-        if source not in graph.source_index:
-            remedy = f"Layers are 0..{graph.targets[-1].layer - 1}."
-            raise loaded.error((*path, "mlps", place), f"layer {layer} has no MLP in this model", remedy)
-        nodes[graph.source_index[source]] = True
+    if given.mlps == "all":
+        nodes[[i for i, source in enumerate(graph.sources) if source.kind == "mlp"]] = True
+        return nodes
+    for place, mlp in enumerate(given.mlps):
+        if not (whole and is_neuron(str(mlp))):
+            nodes[_located(loaded, (*path, "mlps", place), partial(_mlp, graph, mlp))] = True
     return nodes
+
+
+def _mlp(graph: Graph, name: int | str) -> list[int]:
+    """The source that an MLP is, alone.
+
+    Raises:
+        UserError: There is no such MLP, or a neuron is named.
+    """
+    match = _MLP.fullmatch(str(name))
+    if match is None:
+        told = " is a single neuron, and granularity is not neurons" if is_neuron(str(name)) else " names no MLP"
+        remedy = "The MLP of layer 3 is 3; with granularity: neurons its neuron 17 is m3.n17."
+        raise UserError(f"{name!r}{told}", remedy)
+    source = Source("mlp", int(match[1]))
+    if source not in graph.source_index:
+        problem = f"layer {source.layer} has no MLP in this model"
+        raise UserError(problem, f"Layers are 0..{graph.targets[-1].layer - 1}.")
+    return [graph.source_index[source]]
+
+
+def _refuse_edges(loaded: LoadedConfig, path: KeyPath, path_of_file: KeyPath, given: CircuitSet) -> None:
+    """Refuse circuits of edges where circuits are made of neurons.
+
+    Raises:
+        UserError: Names the key.
+    """
+    remedy = "Give heads, and MLPs or single neurons such as m3.n17 under mlps."
+    if given.file is not None:
+        problem = f"{given.file}: files hold circuits of edges, and granularity is neurons"
+        raise loaded.error(path_of_file, problem, remedy)
+    if given.edges:
+        raise loaded.error((*path, "edges"), "a circuit of edges, and granularity is neurons", remedy)
+
+
+def _items(loaded: LoadedConfig, path: KeyPath, given: CircuitSet, topology: ItemTopology) -> Bools:
+    """[items] that are named, and the embedding."""
+    items, kept = topology.items, topology.fixed.copy()
+    for place, name in enumerate(() if given.mlps == "all" else given.mlps):
+        if is_neuron(str(name)):
+            kept[_located(loaded, (*path, "mlps", place), partial(items.named, str(name)))] = True
+    nodes = _nodes(loaded, path, given, items.graph, whole=True)
+    return np.asarray(kept | nodes[topology.source])
 
 
 def _head(graph: Graph, name: str) -> list[int]:

@@ -48,11 +48,12 @@ def stability(layout: Layout, scores: npt.NDArray[Any], asked: StabilityOptions)
     sums, counts = units.sums(scores), units.sums(np.ones((1, len(clusters))))[0]
     own = scores.mean(1, dtype=np.float64)
     circuit, ranks = layout.ranking(own).at(asked.size).kept, _standardised(own, rank)
+    chosen = ~layout.topology.fixed
     shared, correlation, held = [], [], np.zeros(len(own))
     for weights in draw_weights(units, draws=asked.draws, seed=asked.seed):
         drawn = (sums @ weights) / (counts @ weights)
         other = layout.ranking(drawn).at(asked.size).kept
-        shared.append(jaccard(circuit, other))
+        shared.append(jaccard(circuit & chosen, other & chosen))
         correlation.append(float(ranks @ _standardised(drawn, rank)))
         held += other
     return Stability(np.array(shared), np.array(correlation), held / asked.draws, units.clusters)

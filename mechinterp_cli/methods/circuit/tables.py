@@ -51,6 +51,16 @@ class EdgeColumns:
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
 
+    @property
+    def count(self) -> int:
+        """How many rows there can be."""
+        return self.graph.n_edges
+
+    @cached_property
+    def unlisted(self) -> npt.NDArray[np.bool_]:
+        """[edges] those that are in every circuit, and not listed among its members: none."""
+        return np.zeros(self.count, dtype=bool)
+
     @cached_property
     def _ends(self) -> tuple[list[Row], list[Row]]:
         """What is said of every source and of every target."""
@@ -104,7 +114,7 @@ class EdgeColumns:
 def edges_table(
     columns: EdgeColumns, scores: Sequence[Scored], metric: str, clusters: Sequence[str], level: float
 ) -> pa.Table:
-    """One row per score and edge.
+    """One row per score and edge, or head and neuron.
 
     Args:
         columns: Of the graph.
@@ -113,7 +123,7 @@ def edges_table(
         clusters: Of the training prompts.
         level: Of the intervals.
     """
-    every = np.arange(columns.graph.n_edges)
+    every = np.arange(columns.count)
     shared = columns.of(every)
     parts = []
     for score in scores:
@@ -193,7 +203,7 @@ def members_table(columns: EdgeColumns, circuits: Sequence[Circuit], scores: Map
     for group in _rankings(circuits):
         first = group[0]
         sizes = first_sizes([circuit.size or 0.0 for circuit in group], [circuit.kept for circuit in group])
-        edges = np.flatnonzero(np.isfinite(sizes))
+        edges = np.flatnonzero(np.isfinite(sizes) & ~columns.unlisted)
         values = scores.get(first.score)
         count, ranked = len(edges), first.size is not None
         parts.append(

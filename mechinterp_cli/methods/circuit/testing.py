@@ -64,7 +64,9 @@ class CircuitTests:
 
     def run(self) -> Outcome:
         """All tests."""
-        own, rest = (self._values("circuit", [mask])[0] for mask in (self.circuit.kept, ~self.circuit.kept))
+        own, rest = (
+            self._values("circuit", [mask])[0] for mask in (self.circuit.kept, self.topology.rest(self.circuit.kept))
+        )
         clusters, options = self.ends.clusters, self.options
         same = hypotheses.equivalence(own, self.ends.full, clusters, self.stats, epsilon=options.epsilon)
         apart = hypotheses.independence(
@@ -81,6 +83,11 @@ class CircuitTests:
             rows.append(self._all_needed(edges))
         subsets = self._completeness(own)
         return Outcome([self.about | row for row in rows], edges, subsets)
+
+    @property
+    def _members(self) -> Integers:
+        """Its edges that were chosen."""
+        return np.flatnonzero(self.circuit.kept & ~self.topology.fixed)
 
     def _values(self, name: str, masks: Sequence[Bools]) -> Floats:
         """[circuits, prompts] of the metric."""
@@ -114,7 +121,7 @@ class CircuitTests:
 
     def _taken(self) -> Integers:
         """The edges that are tried: those of the smallest scores first."""
-        edges = np.flatnonzero(self.circuit.kept)
+        edges = self._members
         if self.scores is not None:
             edges = edges[np.argsort(np.abs(self.scores[edges]), kind="stable")]
         return edges[: self.options.edges]
@@ -139,7 +146,7 @@ class CircuitTests:
     def _all_needed(self, edges: Sequence[Row]) -> Row:
         """The circuit's own row: `no` where one edge is not needed; `yes` where all were tried and are."""
         verdicts = [row["verdict"] for row in edges]
-        tried = len(verdicts) == int(self.circuit.kept.sum())
+        tried = len(verdicts) == len(self._members)
         verdict = "no" if "no" in verdicts else "yes" if tried and set(verdicts) == {"yes"} else "inconclusive"
         known = [row["p_adjusted"] for row in edges if "p_adjusted" in row]
         row: Row = {"test": "minimality", "statistic": float(verdicts.count("no")), "margin": self.options.margin}
@@ -147,7 +154,7 @@ class CircuitTests:
 
     def _completeness(self, own: Floats) -> list[Row]:
         """Random parts taken out of the circuit and out of the model; the first part is the whole circuit."""
-        draw, members = Draw(self.options.seed + 1), np.flatnonzero(self.circuit.kept).tolist()
+        draw, members = Draw(self.options.seed + 1), self._members.tolist()
         if not self.options.subsets:
             return []
         parts = [members]
@@ -183,17 +190,7 @@ def _less(kept: Bools, edge: int) -> Bools:
 def _new_path(topology: Topology, kept: Bools, draw: Draw) -> list[int] | None:
     """A random path from the embedding to the logits with an edge that is not kept; None where none is found."""
     for _ in range(TRIES):
-        path = _path(topology, draw)
+        path = topology.path(draw)
         if not all(kept[edge] for edge in path):
             return path
     return None
-
-
-def _path(topology: Topology, draw: Draw) -> list[int]:
-    """A random path: from the logits up, each time one of the edges into a node."""
-    node, path = len(topology.nodes) - 1, list[int]()
-    while node != 0:
-        edge: int = draw.choice(topology.into[node].tolist())
-        path.append(edge)
-        node = int(topology.source[edge])
-    return path
