@@ -320,7 +320,7 @@ class Done:
         """
         kept = [trial for trial in self.trials if trial.ranking is None]
         templates = [prompt.template for prompt in self.sweep.prompts.prompts]
-        parts = []
+        rows: list[Row] = []
         for metric, name in enumerate(whole.metrics):
             base, position = split_name(name)
             for template in dict.fromkeys(templates) if position is not None else ():
@@ -333,10 +333,10 @@ class Done:
                     continue
                 tried = [trial for trial, known in zip(kept, here, strict=True) if known]
                 where = {"metric": base, "template": template, "position": position, "n": len(of)}
-                parts.append(self._at(tried, values[here], unedited, first).assign(**where))
-        return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
+                rows += [row | where for row in self._at(tried, values[here], unedited, first)]
+        return pd.DataFrame(rows).assign(ablation=self.value).astype({"trial": "Int64"}) if rows else pd.DataFrame()
 
-    def _at(self, kept: Sequence[Ablation], values: Floats, unedited: Floats, first: int) -> pd.DataFrame:
+    def _at(self, kept: Sequence[Ablation], values: Floats, unedited: Floats, first: int) -> list[Row]:
         """One metric at one position of one template: the unedited model, then every trial."""
         clusters = [str(i) for i in range(len(unedited))]
         plain = estimate(unedited[None], None, clusters, self.stats)
@@ -346,7 +346,7 @@ class Done:
             row = {"trial": first + trial.index, "label": self.sweep.specs[trial.index].columns()["label"]}
             row |= {"value": float(values[i].mean()), "effect": float(found.estimate[i])}
             rows.append(row | found.ends(i, "ci_low", "ci_high"))
-        return pd.DataFrame(rows).assign(ablation=self.value).astype({"trial": "Int64"})
+        return rows
 
 
 def _known(value: float) -> float | None:
