@@ -154,10 +154,15 @@ def test_a_name_cannot_leave_its_comment(capfd: pytest.CaptureFixture[str]) -> N
     capfd.readouterr()
 
 
-def test_without_arguments_the_first_steps_are_told(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([]) == 2
-    out, err = capsys.readouterr()
-    assert out == ""
-    steps = [line.split("#")[0].split() for line in err.splitlines() if line.startswith("  mechinterp ")]
-    assert ["mechinterp", "init", "patch"] in steps
-    assert ["mechinterp", "patch", "patch.yaml"] in steps
+@pytest.mark.parametrize(("arguments", "code"), [([], 2), (["--help"], 0), (["-h"], 0)])
+def test_the_first_steps_are_told_and_can_be_copied(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], code: int
+) -> None:
+    assert main(arguments) == code
+    told = "".join(capsys.readouterr())
+    steps = [shlex.split(line, comments=True) for line in told.splitlines() if line.startswith("    mechinterp ")]
+    assert steps[:2] == [["mechinterp", "init", "patch"], ["mechinterp", "patch", "patch.yaml"]]
+    assert all("#" in line for line in told.splitlines() if line.startswith("    mechinterp "))
+    assert main(steps[0][1:]) == 0
+    capsys.readouterr()
+    assert main([*steps[1][1:], "--dry-run"]) == 0

@@ -287,7 +287,7 @@ def test_what_set_asks_for_is_named_as_such(refused: Refused) -> None:
 @pytest.mark.parametrize(
     ("config", "cause", "remedy"),
     [
-        (b"", "error: c.yaml: the file is empty", "Start from one of the files in configs/."),
+        (b"", "error: c.yaml: the file is empty", "`mechinterp init patch` writes one to start from."),
         (GENERATED.encode() + b"# \xff\n", "error: c.yaml:19: byte 0xff is not UTF-8", "Save the file as UTF-8 text."),
     ],
     ids=["empty", "not UTF-8"],

@@ -237,7 +237,7 @@ def test_folder_is_an_argument_and_an_empty_list_says_why(capfd: pytest.CaptureF
 @pytest.mark.parametrize(
     ("arguments", "cause"),
     [
-        (["none"], "error: none: runs cannot be listed: No such file or directory"),
+        (["none"], "error: none: there is no such folder"),
         (["file"], "error: file: runs cannot be listed: Not a directory"),
         (["runs/a"], "error: runs/a: this is one run, not a folder of runs"),
         (["--status", "done"], "error: --status done: not one of running, complete, interrupted, failed, crashed, unr"),

@@ -39,7 +39,7 @@ EXPERIMENTS = {
 
     Example: mechinterp attribute configs/attribute-ioi.yaml --out runs
     """,
-    "probe": """Fit probes to activations, and set their scores beside honest baselines.
+    "probe": """Fit probes to activations, beside honest baselines.
 
     Nested cross-validation over labelled texts or words, at every layer; beside it the majority class, the tokens
     alone, random weights, control labels.
@@ -48,7 +48,7 @@ EXPERIMENTS = {
 
     Example: mechinterp probe configs/probe-toy.yaml --out runs
     """,
-    "circuit": """Find the edges that carry a behaviour, and test whether they are the whole story.
+    "circuit": """Find the edges that carry a behaviour, and test them.
 
     Edges are scored on some prompts; circuits of every size are run on others by patching all other edges. Beside them
     random circuits, a reference, and tests: is the circuit enough, needed, no larger than it must be?

@@ -25,13 +25,23 @@ class State:
     debug: bool = False
 
 
-FIRST_STEPS = """first time here?
+FIRST_STEPS = """\b
+First time here?
   mechinterp init patch            # writes a commented config, patch.yaml
-  mechinterp patch patch.yaml      # runs it: seconds
-  mechinterp --install-completion  # then Tab completes commands, configs and runs"""
+  mechinterp patch patch.yaml      # runs it, in seconds, and shows the result
+  mechinterp --install-completion  # then Tab completes commands, configs, runs"""
+"""Below the commands, as it stands: `\\b` keeps the line breaks."""
+HINTS = {
+    "config": ", or for a config to start from: mechinterp init {command}",
+    "name": ", and for the names there are: mechinterp models",
+    "kind": ", for example: mechinterp init patch",
+    "run": ", and for the runs there are: mechinterp runs",
+    "runs": ", and for the runs there are: mechinterp runs",
+}
+"""What else helps where an argument is missing, by its name."""
 app = typer.Typer(
-    no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False,
-    epilog="Example: mechinterp patch configs/patch-ioi.yaml",
+    no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False, epilog=FIRST_STEPS,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )  # fmt: skip
 app.command("init")(init.init)
 for method in experiments.EXPERIMENTS:
@@ -99,14 +109,18 @@ def _usage_error(console: Console, error: TyperException) -> int:
     """Tell what is wrong with the command line."""
     if type(error).__name__ == "NoArgsIsHelpError":
         console.say(error.format_message())
-        context = getattr(error, "ctx", None)
-        if context is None or context.parent is None:
-            console.say(f"\n{FIRST_STEPS}")
     else:
-        context = getattr(error, "ctx", None)
-        command = context.command_path if context is not None else "mechinterp"
-        console.error(error.format_message(), f"{command} --help")
+        console.error(error.format_message(), _usage_remedy(error))
     return ExitCode.USAGE
+
+
+def _usage_remedy(error: TyperException) -> str:
+    """Which help to read, and what else puts a missing argument right."""
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context is not None else "mechinterp"
+    argument = getattr(error, "param", None) if type(error).__name__ == "MissingParameter" else None
+    hint = HINTS.get(argument.name, "") if argument is not None else ""
+    return f"{command} --help{hint.format(command=command.split()[-1])}"
 
 
 def _unexpected(console: Console, error: Exception, *, debug: bool) -> int:

@@ -102,4 +102,7 @@ def show_outcome(console: Console, outcome: Any) -> None:
         console.table(outcome.headline_rows)
     for note in outcome.notes:
         console.say(note)
+    page = outcome.path / "report.html"
+    if page.is_file():
+        console.say(f"the page to open: {page}")
     console.result(outcome.path, {"headline": list(outcome.headline_rows), "notes": list(outcome.notes)})

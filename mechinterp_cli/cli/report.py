@@ -19,7 +19,7 @@ Output = Annotated[
 
 
 def report(runs: Runs, output: Output = None) -> None:
-    """Make the report page again: of one run, or of several with a comparison.
+    """Make the report page again, of one run or several.
 
     One HTML file that asks for nothing: figures to be pointed at, the strongest results, every prompt, the proof, how
     to repeat it. Of several runs, each is compared with the first.

@@ -24,7 +24,7 @@ def reproduce(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Run a recorded experiment again and compare every table, row by row.
+    """Run an experiment again and compare every table.
 
     Ends with 3 when a number moved by more than atol + rtol × its size. --set makes it a study of one change:
     --set model.dtype=bfloat16.

@@ -90,7 +90,7 @@ def load_config(path: Path, overrides: Sequence[str] = (), *, method: str | None
     document = parse(decode(source, str(path)), str(path))
     if not isinstance(document.value, dict):
         found = "is empty" if document.value is None else "has no keys at the top"
-        raise UserError(f"{path}: the file {found}", "Start from one of the files in configs/.")
+        raise UserError(f"{path}: the file {found}", f"`mechinterp init {method or 'KIND'}` writes one to start from.")
     for override in overrides:
         apply_override(document, override)
     section = _method_section(document, str(path), method)
@@ -113,7 +113,7 @@ def read_source(path: Path) -> bytes:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise UserError(
-            f"{path}: cannot be read: {reason}", "Give the path of a YAML file, such as configs/patch-ioi.yaml."
+            f"{path}: cannot be read: {reason}", "Give the path of a YAML file; `mechinterp init KIND` writes one."
         ) from error
 
 

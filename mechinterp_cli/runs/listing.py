@@ -103,6 +103,9 @@ def list_runs(folder: Path) -> list[RunRow]:
     """
     try:
         children = list(folder.iterdir())
+    except FileNotFoundError as error:
+        remedy = "Run an experiment first, or give the folder that holds runs: `output.dir`, or what --out said."
+        raise UserError(f"{folder}: there is no such folder", remedy) from error
     except OSError as error:
         raise UserError(
             f"{folder}: runs cannot be listed: {error.strerror or error}",
