@@ -201,8 +201,8 @@ def test_curves_of_one_metric_stand_side_by_side_on_one_scale() -> None:
     zero, mean = (panel["layer"][-1]["encoding"]["y"]["scale"]["domain"] for panel in spec["concat"])
     assert zero == mean
     lines = {(row["name"], row["x"], round(row["y"], 3)) for row in data(spec, "name", "x", "y")}
-    assert ("strongest heads, interval", 2.0, 1.8) in lines
-    assert ("random heads, middle 95 % of draws", 8.0, 0.24) in lines
+    assert ("strongest heads", 2.0, 1.8) in lines
+    assert ("random heads", 8.0, 0.24) in lines
     bands = [row for row in data(spec, "high") if row["name"].startswith("random") and row["x"] == 4]
     assert (bands[0]["y"], bands[0]["high"]) == pytest.approx((-0.08, 0.44))
     assert "kl (nats)" in found["curve-kl"]["concat"][0]["layer"][-1]["encoding"]["y"]["title"]
@@ -364,7 +364,7 @@ def test_loss_and_its_change_by_position_beside_the_unedited_model() -> None:
     assert {row["name"] for row in value} == {"unedited", "circuit", "other"} == {row["name"] for row in change}
     assert len(spec["concat"]) == 2
     tops = [panel["layer"][-1]["encoding"] for panel in spec["concat"]]
-    assert [top["y"]["title"] for top in tops] == ["loss (nats per token)", "change of loss"]
+    assert [top["y"]["title"] for top in tops] == ["loss (nats per token)", "change of loss (nats per token)"]
     assert tops[0]["color"]["scale"] == tops[1]["color"]["scale"]
     assert tops[1]["x"]["scale"].get("type", "linear") == "linear"
     ((y, high),) = {
@@ -452,7 +452,7 @@ def test_along_training_the_last_checkpoint_is_told_and_the_strongest_are_follow
     assert "checkpoint step-100, the last of 3" in title_of(found["00-head-zero-loss"])
     line = {(row["name"], row["x"]): row["y"] for row in data(found["training"], "name", "x") if "high" not in row}
     assert line["2.0", 10_000.0] == pytest.approx(fake.strength("2.0") * 2 / 3)
-    assert "checkpoint" not in title_of(found["training"]).replace("Strongest at the last checkpoint.", "")
+    assert "checkpoint" not in title_of(found["training"]).replace("The strongest at the last checkpoint.", "")
     assert [row["label"] for row in shown.headline()][:2] == ["2.0, zero", "2.0, mean"]
     keep = view(Fake(design="keep", checkpoints=STEPS))
     assert text(keep).count("| other   |    1 |") == 2
@@ -649,7 +649,7 @@ def test_pairs_that_nobody_computed_are_crossed_out() -> None:
     fake = Fake(design="pairs", values=("zero",))
     rows = records(fake.interactions_table())
     spec = specs(view(fake, interactions=frame("interactions", rows[:2])))["interactions"]
-    states = {(row["layer"], row["column"]): row["state"] for row in data(spec, "layer", "column")}
+    states = {(row["layer"], row["column"]): row["state"] for row in data(spec, "layer", "column", "state")}
     assert states["2.0", "0.3"] == states["0.3", "2.0"] == states["1.1", "1.1"] == "absent"
     assert states["1.1", "2.0"] == "ok"
     legend = [row["kind"] for row in data(spec, "kind") if row["state"] == "absent"]

@@ -71,7 +71,7 @@ def test_a_shared_key_is_drawn_between_the_heads_that_read_it() -> None:
 
 def test_width_is_size_and_colour_is_sign() -> None:
     lines = lines_of(picture(PLANTED))
-    by_edge = lines.groupby("edge").agg(width=("width", "first"), sign=("sign", "first"))
+    by_edge = lines.groupby("_edge").agg(width=("_width", "first"), sign=("sign", "first"))
     shape = picture(PLANTED)
     for number, edge in enumerate(shape.edges):
         assert by_edge.loc[number, "sign"] == ("helps" if edge.score >= 0 else "hurts")
@@ -85,7 +85,7 @@ def test_lines_pass_no_box_that_they_do_not_end_at() -> None:
     shape = picture(PLANTED)
     lines = lines_of(shape)
     for number, edge in enumerate(shape.edges):
-        points = lines[lines["edge"] == number][["x", "y"]].to_numpy()[1:-1]
+        points = lines[lines["_edge"] == number][["_x", "_y"]].to_numpy()[1:-1]
         for node in shape.nodes:
             if (node.x, node.y) == edge.start or node.y == edge.end[1]:
                 continue
@@ -107,7 +107,7 @@ def curve_rows() -> pd.DataFrame:
         {
             "score": score, "rank": rank, "size": size, "threshold": None, "metric": "logit_diff", "kept": 5,
             "faithfulness": size, "ci_low": size - 0.1, "ci_high": size + 0.1, "n": 16, "clusters": 4,
-            "random_mean": size / 2, "random_low": 0.0, "random_high": size,
+            "random_mean": size / 2, "random_low": 0.0, "random_high": size, "draws": 3,
         }
         for score, rank, size in itertools.product(("eap", "exact"), ("signed", "absolute"), (0.1, 1.0))
     ]  # fmt: skip
@@ -135,11 +135,11 @@ def test_edges_that_were_taken_out_are_told_largest_first() -> None:
             "effect": [0.1, -0.4], "ci_low": [0.0, -0.5], "ci_high": [0.2, -0.3], "verdict": ["inconclusive", "yes"],
         }
     )  # fmt: skip
-    shape = edge_dots(rows, ("task",))
+    shape = edge_dots(rows, ("task",), "Bars: 95 % intervals.")
     assert shape is not None
     (panel,) = shape.panels
     assert [(dot.name, dot.series) for dot in panel.dots] == [("m0->logits", "needed"), ("embed->m0", "inconclusive")]
-    assert edge_dots(rows.head(0), ()) is None
+    assert edge_dots(rows.head(0), (), "") is None
 
 
 def test_circuits_have_names() -> None:

@@ -233,7 +233,7 @@ def test_shares_of_a_histogram_add_up_and_those_on_the_right_are_the_classs() ->
     spec = spec_of(view(fake), "projections")
     (title,) = panels(spec)
     assert title == "resid_post, layer 5, last, logistic: accuracy 0.95"
-    bars = rows_of(spec, panels(spec)[title], "name", "from", "to", "share", "none")
+    bars = rows_of(spec, panels(spec)[title], "name", "from", "to", "share")
     assert 0.0 in {row["from"] for row in bars}
     table = fake.projections_table()
     best = table[table["layer"] == 5]

@@ -8,7 +8,7 @@ import pandas as pd
 from rich.console import Group
 
 from mechinterp_cli.report.causal import causal_curves, causal_sentences, causal_tables, unit_of
-from mechinterp_cli.report.cells import figure, missing, number, text
+from mechinterp_cli.report.cells import counted, figure, missing, number, text
 from mechinterp_cli.report.checkpoints import Checkpoints, checkpoints_of
 from mechinterp_cli.report.circuits import circuit_dots, circuit_tables
 from mechinterp_cli.report.contrasts import Contrasts, contrast_dots, contrast_tables
@@ -17,7 +17,7 @@ from mechinterp_cli.report.interactions import interaction_map, interaction_tabl
 from mechinterp_cli.report.patch import first_tokens, names_vary
 from mechinterp_cli.report.positions import position_curves
 from mechinterp_cli.report.rows import Row, chosen_metric, distinct, having, records, without
-from mechinterp_cli.report.sentences import named_tables, strongest_sentence
+from mechinterp_cli.report.sentences import level_of, named_tables, strongest_sentence
 from mechinterp_cli.report.shapes import Curves, Dots, Picture
 from mechinterp_cli.report.sparkline import terminal_curves
 from mechinterp_cli.report.tables import line
@@ -70,6 +70,8 @@ class AblateView:
     """What is ablated: `heads`; `units` where there are several kinds."""
     count: int
     """How many of the strongest are listed."""
+    level: str = "95"
+    """Of intervals, in percent."""
 
     pages: ClassVar[Sequence[tuple[str, str]]] = ()
     """No page of its own."""
@@ -93,16 +95,16 @@ class AblateView:
         for metric in distinct(self.curve, "metric"):
             made = self._ranking_curves(having(self.curve, metric=metric))
             yield from [(f"curve-{metric}", made)] if made is not None else []
-        pairs, sets = interaction_map(self.interactions, about), circuit_dots(self.circuits, about)
+        pairs, sets = interaction_map(self.interactions, about), circuit_dots(self.circuits, about, self.level)
         yield from [("interactions", pairs)] if pairs is not None else []
         yield from [("circuits", sets)] if sets is not None else []
-        yield from contrast_dots(self.contrasts, about, count=self.count)
-        yield from position_curves(self.positions, self.trials, self.about)
+        yield from contrast_dots(self.contrasts, about, count=self.count, level=self.level)
+        yield from position_curves(self.positions, self.trials, self.about, self.level)
         yield from [("training", self._along_training())] if self.checkpoints.several and len(self.followed) else []
 
     def _ranking_curves(self, curve: pd.DataFrame) -> Curves | None:
         title = "Effect of ablating the top of a ranking"
-        return causal_curves(_ranked(curve), self.about, title=title, noun=self.noun)
+        return causal_curves(_ranked(curve), self.about, title=title, noun=self.noun, level=self.level)
 
     @property
     def followed(self) -> pd.DataFrame:
@@ -118,7 +120,14 @@ class AblateView:
         about = tuple(part for part in self.about if part != self.checkpoints.about)
         title = (*about, self.trials.metric, f"{followed['ablation'].iloc[0]} ablation")
         return trial_curves(
-            rows, followed, self.checkpoints, everywhere.tokens, everywhere.quantity, title, named=called
+            rows,
+            followed,
+            self.checkpoints,
+            everywhere.tokens,
+            everywhere.quantity,
+            title,
+            named=called,
+            level=self.level,
         )
 
     def draw(self, width: int, plain: bool) -> Iterator[Any]:
@@ -139,7 +148,7 @@ class AblateView:
         pairs = interaction_table(self.interactions, count=10, width=width, plain=plain)
         yield from [pairs] if pairs is not None else []
         yield from contrast_tables(self.contrasts, count=self.count, width=width, plain=plain)
-        for _, along in position_curves(self.positions, self.trials, self.about):
+        for _, along in position_curves(self.positions, self.trials, self.about, self.level):
             yield from terminal_curves(along, width=width, plain=plain)
         if self.checkpoints.several and len(self.followed):
             yield from terminal_curves(self._along_training(), width=width, plain=plain)
@@ -211,7 +220,7 @@ def ablate_view(manifest: Manifest, tables: Mapping[str, pd.DataFrame]) -> Ablat
     about = tuple(part for part in named if part)
     contrasts = first("contrasts")
     return AblateView(
-        maps=tuple(_maps(trials, manifest, prompts, about)) if last("interactions").empty else (),
+        maps=_alike(list(_maps(trials, manifest, prompts, about))) if last("interactions").empty else (),
         trials=trials,
         everywhere=everywhere,
         checkpoints=checkpoints,
@@ -231,6 +240,7 @@ def ablate_view(manifest: Manifest, tables: Mapping[str, pd.DataFrame]) -> Ablat
         about=about,
         noun=_noun(manifest),
         count=config["output"]["top"],
+        level=level_of(config),
     )
 
 
@@ -250,8 +260,7 @@ def _judged(manifest: Manifest, quantity: str) -> Judged:
     """What the summary's verdicts are read off: a share where effects are shares."""
     stats, section = manifest.config.get("stats") or {}, manifest.config.get("ablate") or {}
     margin = stats.get("smallest_effect") if quantity == "normalized" else section.get("margin")
-    level = stats.get("ci")
-    return Judged(margin=text(margin), interval="" if missing(level) else f"{100 * number(level):g}")
+    return Judged(margin=text(margin), interval="" if missing(stats.get("ci")) else level_of(manifest.config))
 
 
 def _blocks(manifest: Manifest) -> list[dict[str, Any]]:
@@ -290,7 +299,7 @@ def _maps(
 ) -> Iterator[tuple[str, Heatmap]]:
     """A map per block and value of the units that were ablated alone."""
     blocks = _blocks(manifest)
-    counts = f"{prompts['prompt'].nunique()} prompts"
+    counts = counted(prompts["prompt"].nunique(), "prompt")
     spec = HeatmapSpec(
         title="",
         subtitle=", ".join((*about[1:], trials.metric, counts)),
@@ -298,6 +307,7 @@ def _maps(
         aggregate=trials.aggregate,
         tokens=trials.tokens,
         names_vary=names_vary(prompts),
+        unit=unit_of(trials.metric).removeprefix(trials.metric).strip(),
     )
     rows = having(trials.rows, design="single")
     # The rows of all prompts may be of no group; the one template of a set needs no name.
@@ -312,8 +322,16 @@ def _maps(
             task = about[0].replace(", ablation, single", "")
             title = f"{_block_name(of)}, {ablation} ablation, {task}"
             made = build_heatmap(part, replace(spec, title=title, normalization=_caption(spec, part, of)))
-            unit = unit_of(trials.metric).removeprefix(trials.metric) if trials.quantity == "effect" else ""
-            yield f"{block:02d}-{kind}-{ablation}-{trials.metric}", replace(made, quantity=f"{made.quantity}{unit}")
+            yield f"{block:02d}-{kind}-{ablation}-{trials.metric}", made
+
+
+def _alike(maps: Sequence[tuple[str, Heatmap]]) -> tuple[tuple[str, Heatmap], ...]:
+    """The maps of one block's values with one scale of colours, as they are compared."""
+    limits: dict[str, float] = {}
+    for name, made in maps:
+        block = name.split("-")[0]
+        limits[block] = max(limits.get(block, 0.0), made.limit)
+    return tuple((name, replace(made, least=limits[name.split("-")[0]])) for name, made in maps)
 
 
 def _caption(spec: HeatmapSpec, part: pd.DataFrame, block: Mapping[str, Any]) -> str:

@@ -8,7 +8,8 @@ from typing import Any
 import pandas as pd
 from rich.console import Group
 
-from mechinterp_cli.report.cells import figure, missing, number, text
+from mechinterp_cli.report.causal import unit_of
+from mechinterp_cli.report.cells import counted, figure, missing, number, text
 from mechinterp_cli.report.checkpoints import Checkpoints, checkpoints_of
 from mechinterp_cli.report.direct import Parts, direct_tables, head_map, part_dots, part_name, parts_of
 from mechinterp_cli.report.estimates import (
@@ -25,7 +26,7 @@ from mechinterp_cli.report.labels import show_token
 from mechinterp_cli.report.lens import by_layer, lens_curves, lens_grids, lens_tables
 from mechinterp_cli.report.patch import first_tokens, names_vary
 from mechinterp_cli.report.rows import Row, chosen_metric, having, records
-from mechinterp_cli.report.sentences import named_tables, strongest_sentence
+from mechinterp_cli.report.sentences import level_of, named_tables, strongest_sentence
 from mechinterp_cli.report.shapes import Curves, Dots, Picture
 from mechinterp_cli.report.sparkline import terminal_curves
 from mechinterp_cli.report.tables import line
@@ -83,6 +84,8 @@ class AttributeView:
     """Task, model, checkpoint: for subtitles."""
     count: int
     """How many of the strongest are listed."""
+    level: str = "95"
+    """Of intervals, in percent."""
 
     @property
     def pictures(self) -> Sequence[tuple[str, Picture]]:
@@ -111,12 +114,12 @@ class AttributeView:
         yield f"verified-{self.estimates.metric}", estimate_scatter(self.estimates, self.verification)
         yield "training", self._along_training()
         yield "direct-heads", head_map(self.parts, self.about)
-        yield "direct", part_dots(self.parts, self.about)
+        yield "direct", part_dots(self.parts, self.about, self.level)
         for grid in lens_grids(self.lens, self.tokens, self.about):
             yield f"lens-{grid.title.split()[3].rstrip(',')}", grid
         yield "lens", lens_curves(self.lens, self.about)
         yield f"tokens-{self.metric}", token_strip(self.inputs, self.metric, self.about)
-        yield f"spans-{self.metric}", span_dots(self.spans, self.metric, self.about)
+        yield f"spans-{self.metric}", span_dots(self.spans, self.metric, self.about, self.level)
 
     def _along_training(self) -> Curves | None:
         """The strongest estimates of the first estimator at every checkpoint."""
@@ -127,7 +130,10 @@ class AttributeView:
         tokens = self.estimates.spec.tokens or {}
         if followed.empty:
             return None
-        return trial_curves(self.everywhere.rows, followed, self.checkpoints, tokens, self.estimates.quantity, about)
+        estimates = self.estimates
+        return trial_curves(
+            self.everywhere.rows, followed, self.checkpoints, tokens, estimates.quantity, about, level=self.level
+        )
 
     @property
     def pages(self) -> Sequence[tuple[str, str]]:
@@ -203,7 +209,8 @@ class AttributeView:
             yield f"Exactly it is {figure(first[estimates.exact], sign=True)}."
         for row in records(having(self.verification, estimator=name, part="random", site="all"))[:1]:
             pearson = "undefined" if missing(row["pearson"]) else figure(row["pearson"], 2)
-            yield f"Over {text(row['nodes'])} nodes drawn at random, Pearson with exact effects is {pearson}."
+            nodes = counted(int(number(row["nodes"])), "node")
+            yield f"Over {nodes} drawn at random, Pearson with exact effects is {pearson}."
 
     def tables(self, count: int) -> Sequence[tuple[str, Sequence[Mapping[str, Any]]]]:
         """What the headline lists, by table."""
@@ -251,10 +258,11 @@ def attribute_view(manifest: Manifest, tables: Mapping[str, pd.DataFrame]) -> At
     title = str(manifest.display.get("title", manifest.name))
     spec = HeatmapSpec(
         title=title,
-        subtitle=", ".join(filter(None, (*model, metric, f"{prompts['prompt'].nunique()} prompts"))),
+        subtitle=", ".join(filter(None, (*model, metric, counted(prompts["prompt"].nunique(), "prompt")))),
         normalization=str(manifest.display.get("scale", "")),
         tokens=first_tokens(prompts),
         names_vary=names_vary(prompts),
+        unit=unit_of(metric).removeprefix(metric).strip(),
     )
 
     def of_metric(name: str) -> pd.DataFrame:
@@ -276,6 +284,7 @@ def attribute_view(manifest: Manifest, tables: Mapping[str, pd.DataFrame]) -> At
         tokens=_tokens(prompts),
         about=tuple(filter(None, (str(manifest.task.get("name", "")), *model))),
         count=config["output"]["top"],
+        level=level_of(config),
     )
 
 

@@ -1,15 +1,17 @@
 """Estimates against exact effects as PNG and SVG: a panel per estimator, a point per verified node."""
 
+from collections.abc import Sequence
 from functools import partial
 
 import altair as alt
 
+from mechinterp_cli.report.curves import SHAPES
 from mechinterp_cli.report.estimates import EstimatePanel, EstimateScatter
 from mechinterp_cli.report.labels import show_text
-from mechinterp_cli.report.picture import PICTURE_WIDTH, SERIES_COLOURS, Chart, Drawing, Rows, head_lines
+from mechinterp_cli.report.picture import FAINT, PICTURE_WIDTH, SERIES_COLOURS, Chart, Drawing, Rows, head_lines
 
 SIZE, MARGIN, LEGEND_ROOM = 300, 80, 90
-SHAPES = ("circle", "square", "triangle-up", "diamond")
+DIAGONAL = {"color": FAINT, "strokeDash": [4, 3], "strokeWidth": 1, "tooltip": None}
 
 
 def drawing(scatter: EstimateScatter) -> Drawing:
@@ -39,8 +41,9 @@ def datasets(scatter: EstimateScatter) -> dict[str, Rows]:
 
 
 def _points(panel: EstimatePanel, drawn: bool) -> Rows:
+    behind = panel.behind or ({},) * len(panel.sites)
     return [
-        {"estimate": float(panel.estimate[i]), "exact": float(panel.exact[i]), "site": show_text(site)}
+        {"estimate": float(panel.estimate[i]), "exact": float(panel.exact[i]), "site": show_text(site), **behind[i]}
         for i, site in enumerate(panel.sites)
         if panel.drawn[i] is drawn
     ]
@@ -50,24 +53,31 @@ def _panel(scatter: EstimateScatter, panel: EstimatePanel, at: int, *, with_lege
     axis, scale = alt.Axis(format=".2~g", tickCount=6), alt.Scale(domain=list(panel.domain), nice=False, zero=False)
     x = alt.X("estimate:Q", scale=scale, axis=axis, title=f"estimated {scatter.unit}")
     y = alt.Y("exact:Q", scale=scale, axis=axis, title=f"exact {scatter.unit}")
-    colour, shape = _looks(scatter.kinds, with_legend)
-    diagonal = alt.Chart(alt.NamedData(f"diagonal {at}")).mark_line(color="#888888", strokeDash=[4, 3], strokeWidth=1)
+    colour, shape = looks_of(scatter.kinds, with_legend=with_legend)
+    diagonal = alt.Chart(alt.NamedData(f"diagonal {at}")).mark_line(**DIAGONAL)
     hollow = alt.Chart(alt.NamedData(f"top {at}")).mark_point(filled=False, size=46, strokeWidth=1.4, opacity=0.9)
     filled = alt.Chart(alt.NamedData(f"random {at}")).mark_point(filled=True, size=40, opacity=0.75)
     layers = [diagonal.encode(x, y), *(marks.encode(x, y, colour, shape) for marks in (hollow, filled))]
     title = alt.TitleParams(
-        show_text(panel.title), subtitle=show_text(panel.below), subtitleColor="#444444", limit=SIZE + MARGIN - 20
+        show_text(panel.title), subtitle=show_text(panel.below), subtitleColor=FAINT, limit=SIZE + MARGIN - 20
     )
     return alt.LayerChart(layer=layers, width=SIZE, height=SIZE, title=title)
 
 
-def _looks(kinds: tuple[str, ...], with_legend: bool) -> tuple[alt.Color, alt.Shape]:
+def looks_of(kinds: Sequence[str], *, with_legend: bool) -> tuple[alt.Color, alt.Shape]:
+    """Colour and shape of kinds of points: the colours alone are lost in a grey print.
+
+    Args:
+        kinds: In the order of their colours, as the field `site` has them.
+        with_legend: Whether there is one.
+    """
     names = [show_text(kind) for kind in kinds]
-    legend = alt.Legend(title=None, symbolOpacity=1, symbolType="circle") if with_legend else None
-    # Beyond the colours that there are, kinds differ by shape.
-    colours = [SERIES_COLOURS[i % len(SERIES_COLOURS)] for i in range(len(names))]
-    shapes = [SHAPES[i // len(SERIES_COLOURS) % len(SHAPES)] for i in range(len(names))]
+    legend = alt.Legend(title=None, symbolOpacity=1) if with_legend else None
+    count = len(SERIES_COLOURS)
+    colours = [SERIES_COLOURS[i % count] for i in range(len(names))]
+    # A colour that comes again has another shape.
+    shapes = [SHAPES[(i + i // count) % len(SHAPES)] for i in range(len(names))]
     return (
         alt.Color("site:N", scale=alt.Scale(domain=names, range=colours), legend=legend),
-        alt.Shape("site:N", scale=alt.Scale(domain=names, range=shapes), legend=None),
+        alt.Shape("site:N", scale=alt.Scale(domain=names, range=shapes), legend=legend),
     )

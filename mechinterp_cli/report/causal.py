@@ -6,10 +6,11 @@ import numpy as np
 import pandas as pd
 from rich.console import Group
 
-from mechinterp_cli.report.cells import figure, interval, number, probability, text
+from mechinterp_cli.report.cells import counted, counted_between, figure, interval, number, probability, text
 from mechinterp_cli.report.rows import Row, records
 from mechinterp_cli.report.scores import head_name
-from mechinterp_cli.report.shapes import Curve, CurvePanel, Curves, y_range
+from mechinterp_cli.report.series import curve_of, random_curve
+from mechinterp_cli.report.shapes import CurvePanel, Curves, y_range
 from mechinterp_cli.report.tables import Column, text_table
 
 VERDICT_DRAWS = 199
@@ -55,6 +56,7 @@ def causal_curves(
     *,
     title: str = "Effect of ablating a score's strongest heads",
     noun: str = "heads",
+    level: str = "95",
 ) -> Curves | None:
     """Effect against k, a panel per score and ablation; the panels of one score have one scale.
 
@@ -63,6 +65,7 @@ def causal_curves(
         about: What stands in the subtitle.
         title: The picture's.
         noun: What is ablated.
+        level: Of intervals, in percent.
 
     Returns:
         None where there are no rows.
@@ -73,18 +76,10 @@ def causal_curves(
     metric = str(rows["metric"].iloc[0])
     panels = [(score, _panel(score, ablation, metric, told, noun)) for score, ablation, told in parts]
     ranges = {score: y_range([panel for other, panel in panels if other == score]) for score, _ in panels}
-    draws = sorted({int(number(count)) for count in rows["draws"].dropna()})
-    baseline = sorted({figure(value) for value in rows["baseline"].dropna()})
-    captions = [
-        f"{metric} without ablation: {' to '.join(dict.fromkeys((baseline[0], baseline[-1])))}." if baseline else "",
-        f"{' to '.join(map(str, dict.fromkeys((draws[0], draws[-1]))))} random sets of {noun}, of the same layers."
-        if draws
-        else "",
-    ]
     across = max(sum(1 for other, *_ in parts if other == score) for score, *_ in parts)
     return Curves(
         title=title,
-        lines=tuple(words for words in (", ".join(filter(None, about)), " ".join(filter(None, captions))) if words),
+        lines=tuple(words for words in (", ".join(filter(None, about)), _caption(rows, noun, level)) if words),
         x_title=f"k, {noun} ablated together",
         panels=tuple(_within(panel, ranges[score]) for score, panel in panels),
         across=max(2, across),
@@ -92,20 +87,26 @@ def causal_curves(
     )
 
 
+def _caption(rows: pd.DataFrame, noun: str, level: str) -> str:
+    """The metric of the unedited model, and what bands are."""
+    baseline = sorted({figure(value) for value in rows["baseline"].dropna()})
+    ends = " to ".join(dict.fromkeys((*baseline[:1], *baseline[-1:])))
+    unedited = f"{rows['metric'].iloc[0]} without ablation: {ends}. " if ends else ""
+    prompts = counted_between(rows["n"], "prompt")
+    draws = counted_between((count for count in rows["draws"] if number(count) > 0), "random set")
+    beside = f"; of {draws} of {noun} in the same layers, the middle 95 %" if draws else ""
+    over = f" over {prompts}" if prompts else ""
+    return f"{unedited}Bands: {level} % intervals{over}{beside}."
+
+
 def _within(panel: CurvePanel, ends: tuple[float, float]) -> CurvePanel:
     return CurvePanel(title=panel.title, y_title=panel.y_title, curves=panel.curves, y_range=ends)
 
 
 def _panel(score: str, ablation: str, metric: str, told: Sequence[Row], noun: str) -> CurvePanel:
-    x = tuple(number(row["k"]) for row in told)
-
-    def column(name: str) -> tuple[float, ...]:
-        return tuple(number(row[name]) for row in told)
-
-    strongest, random = f"strongest {noun}, interval", f"random {noun}, middle 95 % of draws"
     curves = (
-        Curve(name=strongest, x=x, y=column("effect"), low=column("ci_low"), high=column("ci_high")),
-        Curve(name=random, x=x, y=column("random_effect"), low=column("random_low"), high=column("random_high")),
+        curve_of(f"strongest {noun}", told, "k", "effect"),
+        random_curve(f"random {noun}", told, "k"),
     )
     return CurvePanel(title=_heading(score, ablation), y_title=f"effect on {unit_of(metric)}", curves=curves)
 
@@ -199,7 +200,7 @@ def _group(row: Row, ablation: str, noun: str) -> str:
         words += f" {interval(row['random_low'], row['random_high'])}".rstrip()
         p = probability(row["p"])
         verdict = f"{text(row['verdict'])}, p = {p}" if p else f"no verdict below {VERDICT_DRAWS} draws"
-        words += f" ({draws} random {'set' if draws == 1 else 'sets'}: {verdict})"
+        words += f" ({counted(draws, 'random set')}: {verdict})"
     return words
 
 

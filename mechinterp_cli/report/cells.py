@@ -1,6 +1,7 @@
 """Numbers and gaps of tables as words."""
 
 import math
+from collections.abc import Iterable
 
 import pandas as pd
 
@@ -40,3 +41,26 @@ def probability(value: object) -> str:
         return ""
     known = float(str(value))
     return f"{known:.4f}" if known >= 0.0001 else f"{known:.0e}"
+
+
+def counted(count: int, noun: str, plural: str = "") -> str:
+    """So many of something: `1 prompt`, `1,200 prompts`.
+
+    Args:
+        count: How many.
+        noun: One of them; a verb may follow it.
+        plural: Several of them, where that is not the noun and an s.
+    """
+    return f"{count:,} {noun if count == 1 else plural or f'{noun}s'}"
+
+
+def between(counts: Iterable[object]) -> str:
+    """The smallest and the largest of some counts: `16`, `2 to 16`; empty where none is known."""
+    known = sorted({int(number(count)) for count in counts if not missing(count)})
+    return " to ".join(f"{count:,}" for count in dict.fromkeys((known[0], known[-1]))) if known else ""
+
+
+def counted_between(counts: Iterable[object], noun: str, plural: str = "") -> str:
+    """The same with what is counted: `1 prompt`, `2 to 16 prompts`; empty where none is known."""
+    told = between(counts)
+    return f"{told} {noun if told == '1' else plural or f'{noun}s'}" if told else ""

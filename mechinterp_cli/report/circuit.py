@@ -8,12 +8,12 @@ from typing import Any, ClassVar
 import pandas as pd
 from rich.console import Group
 
-from mechinterp_cli.report.cells import figure, interval, missing, number, probability, text
+from mechinterp_cli.report.cells import counted, counted_between, figure, interval, missing, number, probability, text
 from mechinterp_cli.report.checkpoints import checkpoints_of
 from mechinterp_cli.report.circuit_curves import circuit_name, edge_dots, faithfulness_curves
 from mechinterp_cli.report.circuit_graph import MAX_EDGES, GraphPicture, graph_picture
 from mechinterp_cli.report.rows import Row, distinct, having, records
-from mechinterp_cli.report.sentences import named_tables
+from mechinterp_cli.report.sentences import level_of, named_tables
 from mechinterp_cli.report.shapes import Curves, Dots, Picture
 from mechinterp_cli.report.sparkline import terminal_curves
 from mechinterp_cli.report.tables import Column, line, text_table
@@ -63,6 +63,10 @@ class CircuitView:
     """Task, model, checkpoint: for subtitles."""
     count: int
     """How many edges are listed."""
+    level: str = "95"
+    """Of intervals, in percent."""
+    trained: int = 0
+    """Prompts that edges were scored on; 0 where nobody said."""
 
     pages: ClassVar[Sequence[tuple[str, str]]] = ()
     """No page of its own."""
@@ -83,8 +87,11 @@ class CircuitView:
     def _shapes(self) -> Iterator[tuple[str, GraphPicture | Curves | Dots | None]]:
         yield from self._graphs()
         for metric in distinct(self.faithfulness, "metric"):
-            yield f"faithfulness-{metric}", faithfulness_curves(having(self.faithfulness, metric=metric), self.about)
-        yield f"minimality-{self.metric}", edge_dots(self._first(self.minimality), self.about)
+            rows = having(self.faithfulness, metric=metric)
+            yield f"faithfulness-{metric}", faithfulness_curves(rows, self.about, self.level)
+        over = counted_between(self._first(self.faithfulness)["n"], "prompt")
+        bars = f"Bars: {self.level} % intervals over {over}."
+        yield f"minimality-{self.metric}", edge_dots(self._first(self.minimality), self.about, bars)
 
     def _first(self, rows: pd.DataFrame) -> pd.DataFrame:
         """The rows of the first metric."""
@@ -101,7 +108,7 @@ class CircuitView:
             if len(ranked):
                 size = self._drawn_size(ranked)
                 chosen = ranked[(ranked["size"] <= size).fillna(False).to_numpy(dtype=bool)]
-                yield f"graph-{score}", self._graph(chosen, score, f"size {size:g}, {self.rank} scores")
+                yield f"graph-{score}", self._graph(chosen, score, f"{100 * size:g} % of all edges, {self.rank} scores")
             elif rows["threshold"].isna().all():
                 yield f"graph-{score}", self._graph(rows, score, "")
 
@@ -115,16 +122,21 @@ class CircuitView:
         return float(few.index[-1] if len(few) else counts.index[0])
 
     def _graph(self, edges: pd.DataFrame, score: str, which: str) -> GraphPicture | None:
-        about = ", ".join(filter(None, (*self.about, which, f"{len(edges)} edges")))
+        about = ", ".join(filter(None, (*self.about, which, counted(len(edges), "edge"))))
         title = f"The {score} circuit" if score in ("given", "reference") else f"The circuit by {score}"
-        lines = (about, "Width: size of the score." if edges["value"].notna().any() else "")
+        scored = bool(edges["value"].notna().any())
+        on = f" of {counted(self.trained, 'prompt')}" if self.trained else ""
+        told = [f"Width: size of the score on {self.metric}, mean{on}." if scored else ""]
+        shared = edges["input"].isin(["k", "v"]).any() and self.grouped > 1
+        told.append(f"k and v are shared by {self.grouped} heads, which stand above them." if shared else "")
+        lines = (about, " ".join(filter(None, told)))
         return graph_picture(edges, title=title, lines=lines, heads=self.heads, grouped=self.grouped)
 
     def draw(self, width: int, plain: bool) -> Iterator[Any]:
         """What rich prints: areas, curves, overlap, stability, tests, edges."""
         yield from self._areas(width, plain)
         yield from self._curves(width, plain)
-        faithful = faithfulness_curves(self._first(self.faithfulness), self.about)
+        faithful = faithfulness_curves(self._first(self.faithfulness), self.about, self.level)
         yield from terminal_curves(faithful, width=width, plain=plain)
         yield from self._overlap(width, plain)
         yield from self._tests(width, plain)
@@ -278,7 +290,7 @@ class CircuitView:
             yield f"{name}: {_sentence(row, 'value')}."
         rows = records(self._first(self.faithfulness))
         for row in (row for row in rows if missing(row["rank"])):
-            about = f"{circuit_name(row)} ({row['kept']} edges)"
+            about = f"{circuit_name(row)} ({counted(int(row['kept']), 'edge')})"
             yield f"Faithfulness of {about}: {_sentence(row, 'faithfulness')}."
         tests = records(self._first(self.tests))
         if tests:
@@ -381,4 +393,6 @@ def circuit_view(manifest: Manifest, tables: Mapping[str, pd.DataFrame]) -> Circ
         grouped=max(1, int(heads["query"]) // max(1, int(heads["key_value"]))),
         about=tuple(filter(None, named)),
         count=config["output"]["top"],
+        level=level_of(config),
+        trained=len(manifest.task.get("train") or ()),
     )

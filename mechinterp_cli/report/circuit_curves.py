@@ -4,9 +4,11 @@ from collections.abc import Iterator, Sequence
 
 import pandas as pd
 
-from mechinterp_cli.report.cells import missing, number, text
+from mechinterp_cli.report.behind import Behind, behind
+from mechinterp_cli.report.cells import counted, counted_between, figure, missing, number, text
 from mechinterp_cli.report.rows import Row, distinct, having, records
-from mechinterp_cli.report.shapes import Curve, CurvePanel, Curves, Dot, DotPanel, Dots
+from mechinterp_cli.report.series import curve_of, dot_of, random_curve
+from mechinterp_cli.report.shapes import Curve, CurvePanel, Curves, DotPanel, Dots
 
 RANDOM = "random rankings"
 MAX_DOTS = 40
@@ -21,12 +23,13 @@ def circuit_name(row: Row) -> str:
     return ", ".join(filter(None, (text(row["score"]), above if missing(size) else f"{number(size):g}")))
 
 
-def faithfulness_curves(rows: pd.DataFrame, about: Sequence[str]) -> Curves | None:
+def faithfulness_curves(rows: pd.DataFrame, about: Sequence[str], level: str = "95") -> Curves | None:
     """Faithfulness over size, a panel for each ranking.
 
     Args:
         rows: The faithfulness table's rows of one metric and checkpoint.
         about: What stands in the subtitle.
+        level: Of intervals, in percent.
 
     Returns:
         None where no circuits are of a ranking.
@@ -43,10 +46,10 @@ def faithfulness_curves(rows: pd.DataFrame, about: Sequence[str]) -> Curves | No
             CurvePanel(title=f"ranked by {rank} score", y_title="faithfulness", curves=(*curves, *_random(own)))
         )
     others = [
-        f"{circuit_name(row)}: {number(row['faithfulness']):.3f} with {row['kept']} edges" for row in records(given)
+        f"{circuit_name(row)}: {figure(row['faithfulness'])} with {counted(int(row['kept']), 'edge')}"
+        for row in records(given)
     ]
-    n, clusters = ranked["n"].iloc[0], ranked["clusters"].iloc[0]
-    told = f"0: every edge patched, 1: the whole model. {n} evaluation prompts of {clusters} clusters."
+    told = f"0: every edge patched, 1: the whole model. {_bands(ranked, level)}"
     return Curves(
         title=f"Faithfulness of circuits, {metric}",
         lines=tuple(filter(None, (", ".join(about), told, "; ".join(others)))),
@@ -58,30 +61,37 @@ def faithfulness_curves(rows: pd.DataFrame, about: Sequence[str]) -> Curves | No
     )
 
 
+def _bands(rows: pd.DataFrame, level: str) -> str:
+    """What bands are."""
+    clusters = counted_between(rows["clusters"], "cluster")
+    prompts = f"{counted_between(rows['n'], 'evaluation prompt')} of {clusters}"
+    draws = counted_between((count for count in rows["draws"] if number(count) > 0), "random ranking")
+    return f"Bands: {level} % intervals over {prompts}{f'; of {draws} the middle 95 %' if draws else ''}."
+
+
 def _curve(rows: pd.DataFrame, name: str) -> Curve:
-    columns = {
-        key: tuple(number(value) for value in rows[key]) for key in ("size", "faithfulness", "ci_low", "ci_high")
-    }
-    return Curve(
-        name=name, x=columns["size"], y=columns["faithfulness"], low=columns["ci_low"], high=columns["ci_high"]
-    )
+    return curve_of(name, records(rows), "size", "faithfulness", told=_behind)
+
+
+def _behind(row: Row) -> Behind:
+    """Interval and n of a circuit, and how many edges it has."""
+    return {**behind(row), "edges": text(row["kept"])}
 
 
 def _random(rows: pd.DataFrame) -> Iterator[Curve]:
     """Random rankings, their middle 95 % as the band."""
     first = having(rows, score=distinct(rows, "score")[0])
-    names = ("size", "random_mean", "random_low", "random_high")
     if first["random_mean"].notna().any():
-        x, y, low, high = (tuple(number(value) for value in first[name]) for name in names)
-        yield Curve(name=RANDOM, x=x, y=y, low=low, high=high)
+        yield random_curve(RANDOM, records(first), "size", y="random_mean")
 
 
-def edge_dots(rows: pd.DataFrame, about: Sequence[str]) -> Dots | None:
+def edge_dots(rows: pd.DataFrame, about: Sequence[str], over: str) -> Dots | None:
     """What each edge's going costs, largest first.
 
     Args:
         rows: The minimality table's rows of one metric and checkpoint.
         about: What stands in the subtitle.
+        over: What bars are.
 
     Returns:
         None where there are none.
@@ -91,17 +101,14 @@ def edge_dots(rows: pd.DataFrame, about: Sequence[str]) -> Dots | None:
     order = rows["effect"].abs().sort_values(ascending=False, kind="stable").index
     chosen = records(rows.loc[order[:MAX_DOTS]])
     dots = tuple(
-        Dot(
-            name=f"{text(row['source'])}->{text(row['target'])}",
-            series=VERDICTS[text(row["verdict"])],
-            value=number(row["effect"]),
-            low=number(row["ci_low"]),
-            high=number(row["ci_high"]),
-        )
+        dot_of(f"{text(row['source'])}->{text(row['target'])}", VERDICTS[text(row["verdict"])], row, "effect")
         for row in chosen
     )
+    kinds = list(dict.fromkeys(dot.series for dot in dots))
+    same = f"all that are shown are {kinds[0]}" if len(kinds) == 1 and len(dots) > 1 else ""
     more = f"the first {len(chosen)} of {len(rows)} edges that were tried" if len(rows) > len(chosen) else ""
     which = f"{circuit_name(chosen[0])}: what is lost when one edge is taken out of the circuit"
-    panel = DotPanel(title="", x_title="change of faithfulness", dots=dots)
-    lines = tuple(filter(None, (", ".join((*about, text(chosen[0]["metric"]))), which, more)))
+    panel = DotPanel(title="", x_title="faithfulness that is lost", dots=dots)
+    told = "; ".join(filter(None, (which, more, same)))
+    lines = tuple(filter(None, (", ".join((*about, text(chosen[0]["metric"]))), f"{told}. {over}")))
     return Dots(title="Edges taken out one by one", lines=lines, panels=(panel,))

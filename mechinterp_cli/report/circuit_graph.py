@@ -38,6 +38,11 @@ class GraphEdge:
     """Its sign is the line's colour, its size the width."""
     input: str
     """`q`, `k` or `v`; empty where it leads to an MLP or the logits."""
+    source: str
+    target: str
+    """Names of the nodes, as tables have them."""
+    scored: bool = True
+    """Whether there is a score; of circuits that are given there is none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,4 +146,5 @@ def _edge(row: Row, layout: _Layout, grouped: int) -> GraphEdge:
     readers = [layout.at(name) for name in _readers(row, grouped)]
     kind, score = text(row["input"]), number(row["value"])
     end = (sum(x for x, _ in readers) / len(readers) + _INPUTS.get(kind, 0.0), readers[0][1])
-    return GraphEdge(layout.at(text(row["source"])), end, 0.0 if math.isnan(score) else score, kind)
+    source, target, scored = text(row["source"]), text(row["target"]), not math.isnan(score)
+    return GraphEdge(layout.at(source), end, score if scored else 0.0, kind, source, target, scored)

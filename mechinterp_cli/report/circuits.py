@@ -6,9 +6,10 @@ import pandas as pd
 from rich.console import Group
 
 from mechinterp_cli.report.causal import unit_of
-from mechinterp_cli.report.cells import figure, interval, number, text
+from mechinterp_cli.report.cells import counted, counted_between, figure, interval, text
 from mechinterp_cli.report.rows import Row, distinct, having, records
-from mechinterp_cli.report.shapes import Dot, DotPanel, Dots
+from mechinterp_cli.report.series import dot_of
+from mechinterp_cli.report.shapes import DotPanel, Dots
 from mechinterp_cli.report.tables import Column, text_table
 from mechinterp_cli.report.trials import members_text
 
@@ -29,12 +30,13 @@ _COLUMNS = {
 }
 
 
-def circuit_dots(rows: pd.DataFrame, about: Sequence[str]) -> Dots | None:
+def circuit_dots(rows: pd.DataFrame, about: Sequence[str], level: str = "95") -> Dots | None:
     """Faithfulness and completeness of every set, a panel per ablation.
 
     Args:
         rows: The circuits table's rows of one metric and checkpoint.
         about: What stands in the subtitle.
+        level: Of intervals, in percent.
 
     Returns:
         None where there are no rows.
@@ -46,13 +48,7 @@ def circuit_dots(rows: pd.DataFrame, about: Sequence[str]) -> Dots | None:
     for ablation in distinct(rows, "ablation"):
         part = records(having(rows, ablation=ablation, set=tuple(sets[:MAX_SETS])))
         dots = [
-            Dot(
-                name=text(row["set"]),
-                series=share,
-                value=number(row[share]),
-                low=number(row[f"{share}_low"]),
-                high=number(row[f"{share}_high"]),
-            )
+            dot_of(text(row["set"]), share, row, share, (f"{share}_low", f"{share}_high"))
             for row in part
             for share in SHARES
         ]
@@ -60,7 +56,8 @@ def circuit_dots(rows: pd.DataFrame, about: Sequence[str]) -> Dots | None:
         panels.append(DotPanel(title=f"{ablation} ablation", x_title=share, dots=tuple(dots), references=(0.0, 1.0)))
     left = len(sets) - MAX_SETS
     caption = "Faithfulness: what the set alone has. Completeness 1: without the set nothing is left."
-    more = f"{left} more {'set is' if left == 1 else 'sets are'} in the table alone." if left > 0 else ""
+    caption += f" Bars: {level} % intervals over {counted_between(rows['n'], 'prompt')}."
+    more = f"{counted(left, 'more set is', 'more sets are')} in the table alone." if left > 0 else ""
     return Dots(
         title="Faithfulness and completeness by set",
         lines=tuple(filter(None, (", ".join(filter(None, about)), f"{caption} {more}".strip()))),

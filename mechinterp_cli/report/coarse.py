@@ -1,10 +1,10 @@
 """Heat maps of more cells than a screen has room for: neighbouring columns are joined, and the caption says so."""
 
-from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
 
+from mechinterp_cli.report.behind import Behind
 from mechinterp_cli.report.grid import CELL_STANDING, Heatmap, Panel
 
 MAX_COLUMNS = 2_000
@@ -35,7 +35,7 @@ def _joined(panel: Panel, width: int) -> Panel:
     starts = range(0, len(panel.columns), width)
     values = np.full((len(panel.layers), len(starts)), np.nan)
     status = np.full(values.shape, "absent", dtype=object)
-    details: dict[tuple[int, int], Mapping[str, str]] = {}
+    details: dict[tuple[int, int], Behind] = {}
     sizes = np.nan_to_num(np.abs(panel.values), nan=-1.0)
     rank = np.vectorize(CELL_STANDING.__getitem__, otypes=[np.float64])(panel.status)
     labels = []

@@ -7,8 +7,19 @@ import numpy as np
 import pandas as pd
 from rich.console import Group
 
-from mechinterp_cli.report.cells import figure, interval, missing, number, probability, text
+from mechinterp_cli.report.cells import (
+    between,
+    counted,
+    counted_between,
+    figure,
+    interval,
+    missing,
+    number,
+    probability,
+    text,
+)
 from mechinterp_cli.report.rows import Row, distinct, having, records
+from mechinterp_cli.report.series import dot_of
 from mechinterp_cli.report.shapes import Dot, DotPanel, Dots
 from mechinterp_cli.report.tables import Column, line, text_table
 from mechinterp_cli.report.trials import ALONE, Trials, key_of, verdict_of
@@ -77,13 +88,16 @@ def _size(row: Row) -> float:
     return max((size for size in sizes if np.isfinite(size)), default=np.nan)
 
 
-def contrast_dots(contrasts: Contrasts, about: Sequence[str], *, count: int) -> Iterator[tuple[str, Dots]]:
+def contrast_dots(
+    contrasts: Contrasts, about: Sequence[str], *, count: int, level: str = "95"
+) -> Iterator[tuple[str, Dots]]:
     """A picture for every two groups: the strongest trials' effects by group, and the differences.
 
     Args:
         contrasts: What is compared.
         about: What stands in the subtitle.
         count: Trials drawn.
+        level: Of intervals, in percent.
 
     Yields:
         (file name without ending, picture).
@@ -94,22 +108,16 @@ def contrast_dots(contrasts: Contrasts, about: Sequence[str], *, count: int) -> 
             continue
         known = {(*key_of(row), text(row["group"])): row for row in records(contrasts.groups)}
         effects = [_effect(contrasts, row, side, known) for row in rows for side in ("a", "b")]
-        differences = [
-            Dot(
-                name=contrasts.name(row),
-                series="difference",
-                value=number(row["difference"]),
-                low=number(row["ci_low"]),
-                high=number(row["ci_high"]),
-            )
-            for row in rows
-        ]
+        differences = [_difference(contrasts, row) for row in rows]
         left = len(having(contrasts.rows, group_a=a, group_b=b)) - len(rows)
-        more = f"The {len(rows)} trials with the largest effects; {left} more are in the table." if left > 0 else ""
+        shown = f"The {counted(len(rows), 'trial')} with the largest effects"
+        more = f"{shown}; {counted(left, 'more is', 'more are')} in the table." if left > 0 else ""
         effect = f"effect on {contrasts.trials.unit}"
         # Of normalised runs the summary has intervals of shares, not of these numbers.
         barred = any(np.isfinite(dot.low) for dot in effects)
-        more = " ".join(filter(None, (more, "" if barred else "Bars are intervals; effects in one group have none.")))
+        sizes = f"{between(row['n_a'] for row in rows)} and {counted_between((row['n_b'] for row in rows), 'prompt')}"
+        bars = f"Bars: {level} % intervals over {sizes}{'' if barred else '; effects in one group have none'}."
+        more = " ".join(filter(None, (more, bars)))
         yield (
             f"contrasts-{at + 1}" if len(contrasts.pairs) > 1 else "contrasts",
             Dots(
@@ -130,8 +138,18 @@ def _effect(contrasts: Contrasts, row: Row, side: str, known: Mapping[tuple[str,
     value = number(row[f"effect_{side}"])
     # The interval belongs to this number only if it is the same number.
     same = np.isclose(number(summary.get("effect")), value, rtol=1e-4, atol=1e-9)
-    low, high = (number(summary.get(name)) if same else np.nan for name in ("ci_low", "ci_high"))
-    return Dot(name=contrasts.name(row), series=group, value=value, low=low, high=high)
+    known = summary if same else {"n": row[f"n_{side}"]}
+    return dot_of(contrasts.name(row), group, {**known, "effect": value}, "effect")
+
+
+def _difference(contrasts: Contrasts, row: Row) -> Dot:
+    made = dot_of(contrasts.name(row), "difference", row, "difference")
+    return replace(made, behind={**made.behind, "n": _sizes(row)})
+
+
+def _sizes(row: Row) -> str:
+    """Prompts of both groups."""
+    return "+".join(filter(None, (text(row["n_a"]), text(row["n_b"]))))
 
 
 def contrast_tables(contrasts: Contrasts, *, count: int, width: int, plain: bool) -> Iterator[Group]:
@@ -154,7 +172,7 @@ def contrast_tables(contrasts: Contrasts, *, count: int, width: int, plain: bool
         cells = [{names[key]: cell for key, cell in _cells(contrasts, row, at).items()} for at, row in enumerate(rows)]
         columns = {names[key]: look for key, look in _COLUMNS.items()}
         judged = replace(contrasts.trials.judged, margin=contrasts.margin)
-        told = judged.notes(f"all {contrasts.corrected(rows[0])} trials")
+        told = judged.notes(_over(contrasts, rows[0]))
         notes = {names[key]: words for key, words in told.items()}
         yield text_table(cells, columns, lines=(title,), width=width, plain=plain, notes=notes)
         yield Group(*[line(sentence(contrasts, row), plain) for row in contrasts.leading(a, b)])
@@ -173,8 +191,13 @@ _COLUMNS = {
 }
 
 
+def _over(contrasts: Contrasts, row: Row) -> str:
+    """The trials that p is corrected over, in words."""
+    count = contrasts.corrected(row)
+    return f"all {counted(count, 'trial')}" if count > 1 else "one trial"
+
+
 def _cells(contrasts: Contrasts, row: Row, at: int) -> dict[str, str]:
-    counts = [text(row["n_a"]), text(row["n_b"])]
     return {
         "#": str(at + 1),
         "ablated": contrasts.name(row),
@@ -183,7 +206,7 @@ def _cells(contrasts: Contrasts, row: Row, at: int) -> dict[str, str]:
         "difference": figure(row["difference"], sign=True),
         "interval": interval(row["ci_low"], row["ci_high"]),
         "p adj.": probability(row["p_adjusted"]),
-        "n": "+".join(filter(None, counts)),
+        "n": _sizes(row),
         "verdict": verdict_of(row),
     }
 
@@ -207,5 +230,5 @@ def sentence(contrasts: Contrasts, row: Row) -> str:
     if missing(row["difference"]):
         difference = "the difference is not defined"
     known = probability(row["p_adjusted"])
-    corrected = f"; p = {known}, corrected over all {contrasts.corrected(row)} trials" if known else ""
+    corrected = f"; p = {known}, corrected over {_over(contrasts, row)}" if known else ""
     return f"{question}? {answer}: {difference}{corrected}"

@@ -1,7 +1,8 @@
 """Curves with bands: panels of lines over one kind of x axis, as PNG and SVG."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
@@ -9,15 +10,23 @@ import altair as alt
 
 from mechinterp_cli.report.cells import interval
 from mechinterp_cli.report.labels import show_text
-from mechinterp_cli.report.picture import PICTURE_WIDTH, SERIES_COLOURS, Chart, Drawing, head_lines, inline
-from mechinterp_cli.report.shapes import Curve, Curves, y_range
+from mechinterp_cli.report.picture import (
+    FAINT,
+    PICTURE_WIDTH,
+    SERIES_COLOURS,
+    STROKE,
+    Chart,
+    Drawing,
+    head_lines,
+    inline,
+)
+from mechinterp_cli.report.shapes import CUT, Curve, CurvePanel, Curves, edges, leaves, y_range
 
 SHAPES = ("circle", "square", "triangle-up", "diamond", "cross", "triangle-down", "triangle-right")
 DASHES: tuple[list[int], ...] = ([1, 0], [6, 3], [2, 2], [8, 2, 2, 2])
 """Lines differ by colour, dash and shape: the colours alone are lost in a grey print."""
 HEIGHT, LOW_HEIGHT, LEGEND_ROOM = 230, 150, 190
 REFERENCE_DASHES: tuple[list[int], ...] = ([7, 4], [2, 2], [10, 3, 2, 3], [1, 4])
-REFERENCE_COLOUR = "#555555"
 FEW_TICKS = 6
 """As many points have a tick each on an axis that is never logarithmic."""
 DOT = 75
@@ -39,14 +48,46 @@ def drawing(curves: Curves) -> Drawing:
 
 def chart(curves: Curves) -> Chart:
     """The picture as a Vega-Lite chart."""
+    curves = _joined(curves)
     across = min(curves.across, len(curves.panels), max(1, PICTURE_WIDTH // curves.width))
     room = across * (curves.width + 70) + LEGEND_ROOM
     panels = [_panel(curves, i, across) for i in range(len(curves.panels))]
-    title = head_lines(curves.title, curves.lines, room)
-    concat = alt.concat(*panels, columns=across, title=title, spacing=18)
-    whole: Chart = concat.resolve_scale(color="independent", shape="independent", strokeDash="independent")
+    cut = (CUT,) if any(leaves(_ends(panel), *edges([panel])) for panel in curves.panels) else ()
+    title = head_lines(curves.title, (*curves.lines, *cut), room)
+    whole: Chart = alt.concat(*panels, columns=across, title=title, spacing=18).resolve_scale(**_APART)
     drawn: Chart = whole.configure_view(stroke="#999999").configure_axis(gridColor="#eeeeee")
     return drawn
+
+
+def _joined(curves: Curves) -> Curves:
+    """References that are the same everywhere as one, with all their names: their dashes would hide each other."""
+    found: dict[str, list[tuple[int, tuple[float, ...]]]] = {}
+    for at, panel in enumerate(curves.panels):
+        for curve in panel.curves:
+            if curve.look == "reference":
+                found.setdefault(curve.name, []).append((at, curve.y))
+    names: dict[Any, list[str]] = {}
+    for name, lines in found.items():
+        names.setdefault(tuple(lines), []).append(name)
+    called = {same[0]: ", ".join(same) for same in names.values()}
+    panels = [replace(panel, curves=tuple(_renamed(panel.curves, called))) for panel in curves.panels]
+    return replace(curves, panels=tuple(panels))
+
+
+def _renamed(curves: Sequence[Curve], called: Mapping[str, str]) -> Iterator[Curve]:
+    for curve in curves:
+        if curve.look != "reference":
+            yield curve
+        elif curve.name in called:
+            yield replace(curve, name=called[curve.name])
+
+
+_APART: dict[str, Any] = {"color": "independent", "shape": "independent", "strokeDash": "independent"}
+"""Every panel, and every kind of mark in it, has looks of its own, and a legend where it is given one."""
+
+
+def _ends(panel: CurvePanel) -> tuple[float, float]:
+    return panel.y_range or y_range([panel])
 
 
 def _panel(curves: Curves, index: int, across: int) -> alt.LayerChart:
@@ -54,29 +95,71 @@ def _panel(curves: Curves, index: int, across: int) -> alt.LayerChart:
     with_legend = not curves.one_legend or index == min(across, len(curves.panels)) - 1
     bottom = not stacked or index == len(curves.panels) - 1
     x = _x_axis(curves, labels=bottom)
-    low, high = panel.y_range or y_range([panel])
+    low, high = _ends(panel)
     y_scale = alt.Scale(domain=[low, high], nice=False, zero=False)
     y_axis = alt.Axis(format="~f", tickCount=4 if stacked else 6, minExtent=34, titleLimit=HEIGHT)
     y = alt.Y("y:Q", scale=y_scale, axis=y_axis, title=show_text(panel.y_title))
-    drawn = [curve for curve in panel.curves if curve.look != "reference"]
-    marked = max((len(curve.x) for curve in drawn), default=0) <= MAX_MARKS
-    colour, dash, shape = _looks([curve.name for curve in drawn], with_legend, marked)
     layers: list[alt.Chart] = [_zero(y)] if low < 0 < high else []
     layers += _references([curve for curve in panel.curves if curve.look == "reference"], x, y, with_legend)
-    if any(curve.low is not None for curve in drawn):
-        layers += _bands(drawn, x, y, colour)
-    lines, marks, dots = (
-        inline([row for curve in drawn if curve.look in looks for row in _points(curve)])
-        for looks in (("marked", "line"), ("marked",), ("dots",))
-    )
-    layers.append(alt.Chart(lines).mark_line(strokeWidth=2).encode(x, y, colour, dash, detail="name:N"))
-    for points, size in ((marks, 42), (dots, DOT)):
-        if (marked or points is dots) and points.values:
-            layers.append(alt.Chart(points).mark_point(filled=True, size=size, opacity=1).encode(x, y, colour, shape))
+    layers += _Looks(panel, with_legend).layers(x, y)
     height = LOW_HEIGHT if stacked else HEIGHT
     whole = alt.LayerChart(layer=layers, width=curves.width, height=height, title=show_text(panel.title))
-    shown: alt.LayerChart = whole.resolve_scale(strokeDash="independent")
+    shown: alt.LayerChart = whole.resolve_scale(**_APART)
     return shown
+
+
+class _Looks:
+    """The curves of a panel that are no references, each with its colour, dash and shape.
+
+    Lines with marks, lines without and marks alone have legends of their own, which show what is drawn.
+    """
+
+    def __init__(self, panel: CurvePanel, with_legend: bool) -> None:
+        self.curves = [curve for curve in panel.curves if curve.look != "reference"]
+        self.with_legend = with_legend
+        longest = max((len(curve.x) for curve in self.curves), default=0)
+        marked = [curve for curve in self.curves if curve.look == "marked" and longest <= MAX_MARKS]
+        self.marked, self.dots = marked, [curve for curve in self.curves if curve.look == "dots"]
+        self.bare = [curve for curve in self.curves if curve not in marked and curve not in self.dots]
+
+    def layers(self, x: alt.X, y: alt.Y) -> list[alt.Chart]:
+        """Bands, lines, marks; lines without marks have unseen ones that tell what is behind a point."""
+        plain, made = self._colour(None), _bands(self.curves, x, y, self._colour(None))
+        for curves, legend in ((self.marked, None), (self.bare, self._legend(STROKE))):
+            lines = alt.Chart(_data(curves)).mark_line(strokeWidth=2, tooltip=None)
+            colour, dash = self._colour(legend), self._scaled("strokeDash", DASHES, legend)
+            made += [lines.encode(x, y, colour, dash, detail="name:N")] if curves else []
+        if self.bare:
+            made.append(alt.Chart(_data(self.bare)).mark_point(filled=True, size=42, opacity=0).encode(x, y, plain))
+        for curves, size in ((self.marked, 42), (self.dots, DOT)):
+            legend = self._legend(_SYMBOL, curves)
+            colour, shape = self._colour(legend), self._scaled("shape", SHAPES, legend)
+            marks = alt.Chart(_data(curves)).mark_point(filled=True, size=size, opacity=1)
+            made += [marks.encode(x, y, colour, shape)] if curves else []
+        return made
+
+    def _legend(self, look: Mapping[str, Any], curves: Sequence[Curve] = ()) -> alt.Legend | None:
+        """A legend of some curves; None where the panel has none."""
+        values = [show_text(curve.name) for curve in curves or self.bare]
+        return alt.Legend(title=None, labelLimit=LEGEND_ROOM, values=values, **look) if self.with_legend else None
+
+    def _colour(self, legend: alt.Legend | None) -> alt.Color:
+        return alt.Color("name:N", scale=self._scale(SERIES_COLOURS), legend=legend)
+
+    def _scaled(self, channel: str, looks: Sequence[Any], legend: alt.Legend | None) -> Any:
+        kinds = {"strokeDash": alt.StrokeDash, "shape": alt.Shape}
+        return kinds[channel]("name:N", scale=self._scale(looks), legend=legend)
+
+    def _scale(self, looks: Sequence[Any]) -> alt.Scale:
+        names = [show_text(curve.name) for curve in self.curves]
+        return alt.Scale(domain=names, range=[looks[i % len(looks)] for i in range(len(names))])
+
+
+_SYMBOL = {"symbolSize": 70, "symbolStrokeWidth": 0, "symbolOpacity": 1}
+
+
+def _data(curves: Sequence[Curve]) -> alt.InlineData:
+    return inline([row for curve in curves for row in _points(curve)])
 
 
 def _references(curves: Sequence[Curve], x: alt.X, y: alt.Y, with_legend: bool) -> list[alt.Chart]:
@@ -85,21 +168,15 @@ def _references(curves: Sequence[Curve], x: alt.X, y: alt.Y, with_legend: bool) 
         return []
     names = list(dict.fromkeys(show_text(curve.name) for curve in curves))
     scale = alt.Scale(domain=names, range=[REFERENCE_DASHES[i % len(REFERENCE_DASHES)] for i in range(len(names))])
-    legend = alt.Legend(
-        title=None,
-        labelLimit=LEGEND_ROOM,
-        symbolType="stroke",
-        symbolSize=300,
-        symbolStrokeWidth=1.5,
-        symbolStrokeColor=REFERENCE_COLOUR,
-    )
+    look = {**STROKE, "symbolStrokeWidth": 1.5, "symbolStrokeColor": FAINT}
+    legend = alt.Legend(title=None, labelLimit=2 * LEGEND_ROOM, **look)
     dash = alt.StrokeDash("name:N", scale=scale, legend=legend if with_legend else None)
     level = [curve for curve in curves if len(set(curve.y)) == 1]
     flat = alt.Chart(inline([{"name": show_text(curve.name), "y": curve.y[0]} for curve in level]))
     bent = alt.Chart(inline([row for curve in curves if curve not in level for row in _points(curve)]))
-    layers: list[alt.Chart] = [flat.mark_rule(strokeWidth=1.5, color=REFERENCE_COLOUR).encode(y, dash)]
+    layers: list[alt.Chart] = [flat.mark_rule(strokeWidth=1.5, color=FAINT).encode(y, dash)]
     if len(level) < len(curves):
-        layers.append(bent.mark_line(strokeWidth=1.5, color=REFERENCE_COLOUR).encode(x, y, dash))
+        layers.append(bent.mark_line(strokeWidth=1.5, color=FAINT).encode(x, y, dash))
     return layers
 
 
@@ -117,7 +194,7 @@ def _bands(curves: Sequence[Curve], x: alt.X, y: alt.Y, colour: alt.Color) -> li
         (areas if len(rows) > 1 else bars).extend(rows)
     marks = []
     if areas:
-        area = alt.Chart(inline(areas)).mark_area(opacity=0.2, line=False, clip=True)
+        area = alt.Chart(inline(areas)).mark_area(opacity=0.2, line=False, clip=True, tooltip=None)
         marks.append(area.encode(x, y, alt.Y2("high"), colour, detail="name:N"))
     if bars:
         rule = alt.Chart(inline(bars)).mark_rule(strokeWidth=6, opacity=0.3, clip=True)
@@ -127,9 +204,11 @@ def _bands(curves: Sequence[Curve], x: alt.X, y: alt.Y, colour: alt.Color) -> li
 
 def _points(curve: Curve) -> Iterator[dict[str, Any]]:
     none = (math.nan,) * len(curve.x)
-    for x, y, low, high in zip(curve.x, curve.y, curve.low or none, curve.high or none, strict=True):
+    ends = zip(curve.low or none, curve.high or none, strict=True)
+    behind = curve.behind or tuple({"interval": interval(low, high)} for low, high in ends)
+    for x, y, more in zip(curve.x, curve.y, behind, strict=True):
         if math.isfinite(y):
-            yield {"name": show_text(curve.name), "x": _shown(x), "y": y, "interval": interval(low, high)}
+            yield {"name": show_text(curve.name), "x": _shown(x), "y": y, **more}
 
 
 def _band(curve: Curve) -> Iterator[dict[str, Any]]:
@@ -142,22 +221,6 @@ def _band(curve: Curve) -> Iterator[dict[str, Any]]:
 
 def _shown(x: float | str) -> float | str:
     return show_text(x) if isinstance(x, str) else float(x)
-
-
-def _looks(names: Sequence[str], with_legend: bool, marked: bool) -> tuple[alt.Color, alt.StrokeDash, alt.Shape]:
-    """Colour, dash and shape of every curve; the legend shows colour and shape, as dashes spoil small marks."""
-    shown = [show_text(name) for name in names]
-
-    def scale(looks: Sequence[Any]) -> alt.Scale:
-        return alt.Scale(domain=shown, range=[looks[i % len(looks)] for i in range(len(shown))])
-
-    symbols = {"symbolSize": 70, "symbolStrokeWidth": 0} if marked else {"symbolType": "stroke", "symbolStrokeWidth": 3}
-    legend = alt.Legend(title=None, labelLimit=LEGEND_ROOM, symbolOpacity=1, **symbols) if with_legend else None
-    return (
-        alt.Color("name:N", scale=scale(SERIES_COLOURS), legend=legend),
-        alt.StrokeDash("name:N", scale=scale(DASHES), legend=None),
-        alt.Shape("name:N", scale=scale(SHAPES), legend=legend),
-    )
 
 
 def _x_axis(curves: Curves, *, labels: bool) -> alt.X:

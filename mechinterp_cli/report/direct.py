@@ -7,10 +7,11 @@ import numpy as np
 import pandas as pd
 from rich.console import Group
 
-from mechinterp_cli.report.cells import figure, interval, missing, number, text
+from mechinterp_cli.report.cells import counted, figure, interval, missing, number, text
 from mechinterp_cli.report.grid import Heatmap, build_panel
 from mechinterp_cli.report.labels import show_token
 from mechinterp_cli.report.rows import Row, having, records
+from mechinterp_cli.report.series import dot_of
 from mechinterp_cli.report.shapes import Dot, DotPanel, Dots
 from mechinterp_cli.report.tables import Column, text_table
 from mechinterp_cli.report.terminal import terminal_heatmap
@@ -194,19 +195,20 @@ def head_map(parts: Parts, about: Sequence[str]) -> Heatmap | None:
     rows = heads.assign(status="ok")
     return Heatmap(
         title="Direct logit attribution of every head",
-        subtitle=", ".join(filter(None, (*about, f"mean over {parts.prompts} prompts"))),
+        subtitle=", ".join(filter(None, (*about, f"mean over {counted(parts.prompts, 'prompt')}"))),
         caption=MEANING,
         quantity="part (nats)",
         panels=(build_panel(rows, title="", column="head", layers=layers, quantity="value", tokens=()),),
     )
 
 
-def part_dots(parts: Parts, about: Sequence[str]) -> Dots | None:
+def part_dots(parts: Parts, about: Sequence[str], level: str = "95") -> Dots | None:
     """The parts that are no single head's, from the first layer to the last; the largest heads; the largest neurons.
 
     Args:
         parts: The parts.
         about: What stands in the subtitle.
+        level: Of intervals, in percent.
 
     Returns:
         None where there is no part.
@@ -226,7 +228,7 @@ def part_dots(parts: Parts, about: Sequence[str]) -> Dots | None:
     ]
     if not panels:
         return None
-    caption = f"{MEANING} Dots: means over {parts.prompts} prompts; bars: intervals."
+    caption = f"{MEANING} Dots: means over {counted(parts.prompts, 'prompt')}; bars: {level} % intervals."
     sums = f"The mean logit difference is {parts.total}: components and heads sum to it." if parts.total else ""
     lines = (", ".join(filter(None, about)), caption, sums)
     return Dots(title="Direct logit attribution", lines=tuple(filter(None, lines)), panels=tuple(panels))
@@ -237,13 +239,4 @@ def _title(noun: str, rows: Sequence[Row]) -> str:
 
 
 def _dots(rows: Sequence[Row]) -> tuple[Dot, ...]:
-    return tuple(
-        Dot(
-            name=part_name(row),
-            series="",
-            value=number(row["value"]),
-            low=number(row["ci_low"]),
-            high=number(row["ci_high"]),
-        )
-        for row in rows
-    )
+    return tuple(dot_of(part_name(row), "", row, "value") for row in rows)

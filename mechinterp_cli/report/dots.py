@@ -9,8 +9,8 @@ import altair as alt
 
 from mechinterp_cli.report.cells import interval
 from mechinterp_cli.report.labels import show_text
-from mechinterp_cli.report.picture import PICTURE_WIDTH, SERIES_COLOURS, Chart, Drawing, head_lines, inline
-from mechinterp_cli.report.shapes import Dot, DotPanel, Dots
+from mechinterp_cli.report.picture import FAINT, PICTURE_WIDTH, SERIES_COLOURS, Chart, Drawing, head_lines, inline
+from mechinterp_cli.report.shapes import CUT, Dot, DotPanel, Dots, leaves, reached
 
 WIDTH, ROW, LABEL_ROOM, LEGEND_ROOM = 330, 16, 230, 150
 SHAPES = ("circle", "square", "triangle-up", "diamond")
@@ -28,7 +28,8 @@ def chart(dots: Dots) -> Chart:
     # Subtitles may be as wide as the panels at least.
     room = across * WIDTH + LABEL_ROOM * (1 if dots.one_axis else across) + LEGEND_ROOM
     panels = [_panel(dots, index, across) for index in range(len(dots.panels))]
-    concat = alt.concat(*panels, columns=across, title=head_lines(dots.title, dots.lines, room), spacing=24)
+    cut = (CUT,) if any(_is_cut(panel, _ends(dots, panel)) for panel in dots.panels) else ()
+    concat = alt.concat(*panels, columns=across, title=head_lines(dots.title, (*dots.lines, *cut), room), spacing=24)
     whole: Chart = concat.resolve_scale(color="independent", shape="independent")
     drawn: Chart = whole.configure_view(stroke="#999999").configure_axis(gridColor="#eeeeee")
     return drawn
@@ -41,17 +42,17 @@ def _panel(dots: Dots, index: int, across: int) -> alt.LayerChart:
     named = not dots.one_axis or index % across == 0
     axis = alt.Axis(labels=named, labelLimit=LABEL_ROOM, labelOverlap=False, grid=True, ticks=False)
     rows = alt.Scale(type="band", domain=names)
-    scale = alt.Scale(domain=list(_ends(panel)), nice=False, zero=False)
+    scale = alt.Scale(domain=list(_ends(dots, panel)), nice=False, zero=False)
     x = alt.X("value:Q", scale=scale, axis=alt.Axis(format="~f", tickCount=6), title=show_text(panel.x_title))
     colour, shape = _looks(_series(dots.panels), with_legend=index == across - 1)
     references = inline([{"value": value} for value in panel.references])
-    layers = [alt.Chart(references).mark_rule(color="#888888", strokeDash=[4, 3]).encode(x)]
+    layers = [alt.Chart(references).mark_rule(color=FAINT, strokeDash=[4, 3]).encode(x)]
     for place, one in enumerate(series, start=1):
         # Every series has its own height within a row.
         y = alt.Y("name:N", scale=rows, axis=axis, title=None, bandPosition=place / (len(series) + 1))
         shown = DotPanel(title="", x_title="", dots=tuple(dot for dot in panel.dots if show_text(dot.series) == one))
         points, bars = inline(list(_points(shown))), inline(list(_bars(shown)))
-        layers.append(alt.Chart(bars).mark_rule(strokeWidth=2).encode(x, alt.X2("high"), y, colour))
+        layers.append(alt.Chart(bars).mark_rule(strokeWidth=2, clip=True).encode(x, alt.X2("high"), y, colour))
         layers.append(alt.Chart(points).mark_point(filled=True, size=55, opacity=1).encode(x, y, colour, shape))
     room = max(len(_series([other])) for other in (dots.panels if dots.one_axis else [panel]))
     height = max(1, len(names)) * max(ROW * room, 22)
@@ -76,18 +77,31 @@ def _looks(series: list[str], *, with_legend: bool) -> tuple[alt.Color, alt.Shap
     )
 
 
-def _ends(panel: DotPanel) -> tuple[float, float]:
-    """A range that holds every dot, interval and reference, and a margin."""
-    found = [value for dot in panel.dots for value in (dot.value, dot.low, dot.high) if math.isfinite(value)]
-    low, high = min([*found, *panel.references, 0.0]), max([*found, *panel.references, 0.0])
+def _ends(dots: Dots, panel: DotPanel) -> tuple[float, float]:
+    """A range that holds every dot and reference, intervals that are not far longer than others, and a margin.
+
+    Panels of one quantity share it.
+    """
+    alike = [other for other in dots.panels if other.x_title == panel.x_title]
+    found = [dot for other in alike for dot in other.dots]
+    values, lows, highs = (
+        [value for value in column if math.isfinite(value)]
+        for column in zip(*[(dot.value, dot.low, dot.high) for dot in found], strict=True)
+    )
+    references = [value for other in alike for value in other.references]
+    low, high = reached([*values, *references, 0.0], lows, highs)
     margin = 0.05 * (high - low) or 1.0
     return low - margin, high + margin
+
+
+def _is_cut(panel: DotPanel, ends: tuple[float, float]) -> bool:
+    return leaves(ends, [dot.low for dot in panel.dots], [dot.high for dot in panel.dots])
 
 
 def _points(panel: DotPanel) -> Iterator[dict[str, Any]]:
     for dot in panel.dots:
         if math.isfinite(dot.value):
-            yield {**_place(dot), "value": dot.value, "interval": interval(dot.low, dot.high)}
+            yield {**_place(dot), "value": dot.value, "interval": interval(dot.low, dot.high), **dot.behind}
 
 
 def _bars(panel: DotPanel) -> Iterator[dict[str, Any]]:

@@ -9,8 +9,9 @@ import numpy.typing as npt
 import pandas as pd
 from rich.console import Group
 
+from mechinterp_cli.report.behind import Behind, behind
 from mechinterp_cli.report.causal import unit_of
-from mechinterp_cli.report.cells import figure, interval, missing, number, text
+from mechinterp_cli.report.cells import counted, figure, interval, missing, number, text
 from mechinterp_cli.report.grid import ColourScale, Heatmap, HeatmapSpec, build_heatmap
 from mechinterp_cli.report.rows import Row, distinct, having, records
 from mechinterp_cli.report.tables import Column, text_table
@@ -86,7 +87,7 @@ class Estimates:
         """An estimator's name, with its steps where it has some."""
         name, rows = NAMES.get(estimator, estimator), self.of(estimator)
         steps = [int(step) for step in rows["steps"].dropna().unique()] if "steps" in rows else []
-        return f"{name}, {steps[0]} steps" if steps else name
+        return f"{name}, {counted(steps[0], 'step')}" if steps else name
 
 
 def estimates_of(summary: pd.DataFrame, metric: str, spec: HeatmapSpec) -> Estimates:
@@ -129,13 +130,13 @@ def _map(estimates: Estimates, estimator: str, kind: str, part: pd.DataFrame) ->
     folded = neurons > MAX_NEURONS
     notes = [
         spec.normalization,
-        f"Each cell is the strongest of {neurons:,} neurons." if folded else "",
+        f"Each cell is the strongest of {counted(neurons, 'neuron')}." if folded else "",
         "Estimates are sizes (GradDrop): they have no sign." if sized else "",
     ]
     title = f"{kind}, estimated by {estimates.called(estimator)}, {spec.title}"
     told = replace(spec, title=title, normalization=" ".join(filter(None, notes)))
     made = build_heatmap(_fold(part, estimates.quantity) if folded else part, told)
-    made = replace(made, quantity=f"estimated {'effect' if made.quantity == 'effect' else 'normalised effect'}")
+    made = replace(made, quantity=f"estimated {made.quantity}")
     return replace(made, scale=ColourScale(low=0.0, middle=0.0, high=made.limit)) if sized else made
 
 
@@ -200,6 +201,8 @@ class EstimatePanel:
     """`[points]`, whether the node was drawn at random; else it is among the strongest estimates."""
     estimate: npt.NDArray[np.float64]
     exact: npt.NDArray[np.float64]
+    behind: tuple[Behind, ...] = ()
+    """What stands behind each point, and where it is."""
 
     @property
     def domain(self) -> tuple[float, float]:
@@ -272,7 +275,13 @@ def _scatter_panel(estimates: Estimates, estimator: str, verification: pd.DataFr
         drawn=tuple("random" in text(row["part"]) for row in rows),
         estimate=estimate,
         exact=exact,
+        behind=tuple(_behind(row, estimates) for row in rows),
     )
+
+
+def _behind(row: Row, estimates: Estimates) -> Behind:
+    """The node, and the interval of its estimate."""
+    return {"where": describe_place(row, estimates.spec.tokens or {}), **behind(row)}
 
 
 def _known(row: Row, estimates: Estimates) -> bool:
@@ -286,7 +295,7 @@ def _agreement(verification: pd.DataFrame, estimator: str) -> str:
     chosen: Mapping[str, object] | None = next(iter(records(rows)), None)
     if chosen is None:
         return ""
-    count = f"{int(number(chosen['rows']))} random nodes"
+    count = counted(int(number(chosen["rows"])), "random node")
     if missing(chosen["pearson"]):
         return f"no Pearson: {text(chosen['reason']) or 'undefined'} ({count})"
     return f"Pearson {figure(chosen['pearson'], 2)} on {count}"

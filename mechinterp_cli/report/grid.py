@@ -12,12 +12,14 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from mechinterp_cli.report.cells import interval, probability, text
+from mechinterp_cli.report.behind import INTERVAL, Behind, behind
 from mechinterp_cli.report.labels import show_text, show_token
 
 MAX_PANELS = 12
 """More combinations than this are not drawn apart: each cell then holds the strongest of them, and says so."""
 
+LEAST_EFFECT = 0.02
+"""Normalised effects that are smaller than this are pale, however small all others are: 1 is the whole difference."""
 COLUMN_TITLES = {"position": "token", "span": "span", "head": "head", "kv_head": "key/value head", "neuron": "neuron"}
 AGGREGATE_NAMES = {
     "ratio_of_means": "ratio of means",
@@ -43,7 +45,7 @@ class Panel:
     """`ok`, `trivial` (exactly 0, not computed), `undefined`, `nan`, or `absent` (no such trial)."""
     row_title: str = "layer"
     """What the rows are."""
-    details: Mapping[tuple[int, int], Mapping[str, str]] = field(default_factory=dict)
+    details: Mapping[tuple[int, int], Behind] = field(default_factory=dict)
     """By (row, column): what stands behind a cell's number, for those who point at it."""
 
 
@@ -77,6 +79,8 @@ class Heatmap:
     panels: tuple[Panel, ...]
     scale: ColourScale | None = None
     """Of all panels; where None, ± the largest magnitude about 0."""
+    least: float = 0.0
+    """Magnitude that the scale reaches at least, where it is made of the values: less is nothing, and looks like it."""
     numbers: bool = False
     """Values are printed, in cells that have room for them."""
 
@@ -87,10 +91,10 @@ class Heatmap:
 
     @property
     def limit(self) -> float:
-        """Largest magnitude of any cell; 1 where nothing moved."""
+        """Largest magnitude of any cell, or what the scale reaches at least; 1 where nothing moved."""
         found = [np.abs(panel.values[panel.status == "ok"]) for panel in self.panels]
         largest = max((float(values.max()) for values in found if len(values)), default=0.0)
-        return largest or 1.0
+        return max(largest, self.least) if largest else 1.0
 
     @property
     def states(self) -> tuple[str, ...]:
@@ -114,6 +118,8 @@ class HeatmapSpec:
     normalization: str = ""
     """What 0 and 1 mean; the caption."""
     aggregate: str = "ratio_of_means"
+    unit: str = ""
+    """That of effects which nothing normalises, in brackets."""
     group: str = "all"
     tokens: Mapping[str, Sequence[str]] | None = None
     """Decoded tokens of each template's first prompt, by the label in the frame's `template` column (`""` where the
@@ -160,8 +166,9 @@ def build_heatmap(summary: pd.DataFrame, spec: HeatmapSpec) -> Heatmap:
         title=spec.title,
         subtitle=spec.subtitle,
         caption=_caption(spec, column, strongest),
-        quantity="effect" if quantity == "effect" else "normalised effect",
+        quantity=f"effect {spec.unit}".strip() if quantity == "effect" else "normalised effect",
         panels=tuple(panels),
+        least=0.0 if quantity == "effect" else LEAST_EFFECT,
     )
 
 
@@ -254,16 +261,14 @@ def build_panel(
     )
 
 
-def _details(rows: pd.DataFrame, shown: Mapping[tuple[int, int], int]) -> dict[tuple[int, int], Mapping[str, str]]:
+def _details(rows: pd.DataFrame, shown: Mapping[tuple[int, int], int]) -> dict[tuple[int, int], Behind]:
     """Interval, adjusted p and n of the row that each cell shows, as far as the table has them."""
-    nothing = [None] * len(rows)
-    columns = [rows[name].tolist() if name in rows else nothing for name in ("ci_low", "ci_high", "p_adjusted", "n")]
-    if all(column is nothing for column in columns):
+    names = [name for name in (*INTERVAL, "p_adjusted", "n") if name in rows]
+    if not names:
         return {}
-    behind = list(zip(*columns, strict=True))
+    columns = [rows[name].tolist() for name in names]
     return {
-        at: {"interval": interval(low, high), "p": probability(p), "n": text(n)}
-        for at, (low, high, p, n) in ((at, behind[index]) for at, index in shown.items())
+        at: behind(dict(zip(names, (column[index] for column in columns), strict=True))) for at, index in shown.items()
     }
 
 

@@ -9,12 +9,12 @@ import pandas as pd
 from rich.console import Group
 
 from mechinterp_cli.report.causal import causal_curves, causal_sentences, causal_tables
-from mechinterp_cli.report.cells import figure, interval, missing, number, text
+from mechinterp_cli.report.cells import counted, figure, interval, missing, number, text
 from mechinterp_cli.report.checkpoints import Checkpoints, checkpoints_of
 from mechinterp_cli.report.grid import Heatmap
 from mechinterp_cli.report.rows import chosen_metric, having
 from mechinterp_cli.report.scores import from_name, head_name, of_score, score_map, scores_in, strongest_heads
-from mechinterp_cli.report.sentences import certainty
+from mechinterp_cli.report.sentences import certainty, level_of
 from mechinterp_cli.report.shapes import AttentionPanel, AttentionPicture, Curves, Picture
 from mechinterp_cli.report.sparkline import terminal_curves
 from mechinterp_cli.report.tables import Column, line, text_table
@@ -62,6 +62,8 @@ class HeadsView:
     """Model and task, for subtitles."""
     count: int
     """How many of the strongest heads are listed."""
+    level: str = "95"
+    """Of intervals, in percent."""
 
     pages: ClassVar[Sequence[tuple[str, str]]] = ()
     """No page of its own."""
@@ -80,7 +82,7 @@ class HeadsView:
 
         found: list[tuple[str, Picture]] = [(f"scores-{name}", heatmap.drawing(grid)) for name, grid in self.maps]
         found += [(f"attention-{name}", attention.drawing(picture)) for name, picture in self.attention]
-        proof = causal_curves(self.causal, (*self.about, self.checkpoints.about))
+        proof = causal_curves(self.causal, (*self.about, self.checkpoints.about), level=self.level)
         if proof is not None:
             found.append(("causal", curves.drawing(proof)))
         if self.checkpoints.several:
@@ -89,7 +91,7 @@ class HeadsView:
         return found
 
     def _along_training(self) -> Curves | None:
-        return score_curves(self.everywhere, self.baselines, self.checkpoints, self.scores, self.about)
+        return score_curves(self.everywhere, self.baselines, self.checkpoints, self.scores, self.about, self.level)
 
     def draw(self, width: int, plain: bool) -> Iterator[Any]:
         """What rich prints: the first map, the strongest heads, the ablations, checkpoints, a sentence per score."""
@@ -178,6 +180,7 @@ def heads_view(manifest: Manifest, tables: Mapping[str, pd.DataFrame]) -> HeadsV
         baselines=tables.get("baselines"),
         about=about,
         count=manifest.config["output"]["top"],
+        level=level_of(manifest.config),
     )
 
 
@@ -193,7 +196,7 @@ def _maps(last: pd.DataFrame, about: Sequence[str]) -> Iterator[tuple[str, Heatm
     for score in scores_in(last):
         rows = of_score(last, score)
         counts = [int(number(n)) for n in rows["n"] if not missing(n)]
-        basis = f"{max(counts)} sequences" if counts else "from the weights"
+        basis = counted(max(counts), "sequence") if counts else "from the weights"
         yield score, score_map(rows, score, (*about, basis))
 
 

@@ -8,7 +8,7 @@ import altair as alt
 
 from mechinterp_cli.report.coarse import coarse
 from mechinterp_cli.report.grid import ColourScale, Heatmap, Panel
-from mechinterp_cli.report.picture import COLOURS, PICTURE_WIDTH, Drawing, head_lines
+from mechinterp_cli.report.picture import COLOURS, PICTURE_WIDTH, Drawing, head_lines, ink_on, inline
 
 STATE_COLOURS = {"trivial": "#e3e3e3", "undefined": "#8a8a8a", "nan": "#000000", "absent": "#efefef"}
 STATE_NAMES = {"trivial": "exactly 0 (trivial)", "undefined": "undefined", "nan": "NaN", "absent": "not computed"}
@@ -19,10 +19,13 @@ CELL_WIDTH, CELL_HEIGHT = 30, 14
 MAX_COLUMN_LABELS = 64
 NUMBER_WIDTH, NUMBER_HEIGHT = 26, 11
 """The smallest cell that a number of two decimals is printed in."""
+SMALLEST = 8
+"""Pixels of the smallest cell that a sign or a stroke is drawn in."""
 SMALL = 0.04
 """Ends of the colour scale below this are written with an exponent: half of them would not differ from 0."""
-DARK = 0.85
-"""From this share of the colour scale on, numbers are white."""
+BELOW = -0.3
+"""From this share of the colour scale down, cells have a minus: in a grey print red and blue are the same."""
+MINUS = "\N{MINUS SIGN}"
 
 
 def chart(heatmap: Heatmap) -> alt.ConcatChart:
@@ -33,7 +36,9 @@ def chart(heatmap: Heatmap) -> alt.ConcatChart:
     last = min(across, len(widths)) - 1
     panels = [_panel_chart(heatmap, panel, with_legend=i == last) for i, panel in enumerate(heatmap.panels)]
     room = (max(widths) + 110) * min(across, len(widths))
-    title = head_lines(heatmap.title, (heatmap.subtitle, heatmap.caption), room)
+    signed = any(_has_minus(heatmap, panel) for panel in heatmap.panels)
+    minus = f"{MINUS} marks cells below {heatmap.colours.middle:.2g}." if signed else ""
+    title = head_lines(heatmap.title, (heatmap.subtitle, heatmap.caption, minus), room)
     whole = alt.concat(*panels, columns=across, title=title, spacing=24).resolve_scale(color="independent")
     drawn: alt.ConcatChart = whole.configure_view(stroke="#999999").configure_axis(grid=False)
     return drawn
@@ -84,13 +89,17 @@ def _panel_chart(heatmap: Heatmap, panel: Panel, *, with_legend: bool) -> alt.La
     x = alt.X("column:N", scale=order, title=panel.column_title or None, axis=_column_axis(panel))
     y = _rows(panel)
     cells = _cells(panel)
-    known = alt.InlineData(values=[cell for cell in cells if cell["state"] == "ok"])
-    odd = alt.InlineData(values=[cell for cell in cells if cell["state"] in STATE_COLOURS])
+    known = inline([cell for cell in cells if cell["state"] == "ok"])
+    odd = inline([cell for cell in cells if cell["state"] in STATE_COLOURS])
     layers = [alt.Chart(known).mark_rect().encode(x, y, _value_colour(heatmap, with_legend))]
     if any(state in STATE_COLOURS for state in heatmap.states):
         layers.append(alt.Chart(odd).mark_rect().encode(x, y, _state_colour(heatmap, with_legend)))
         layers += _hatch(panel, cells, x, y)
-    layers += _numbers(heatmap, panel, x, y) if heatmap.numbers else []
+    if _has_numbers(heatmap, panel):
+        layers.append(_words(heatmap, cells, x, y, alt.Text("value:Q", format=".2f")))
+    elif _has_minus(heatmap, panel):
+        below = [cell for cell in cells if _is_below(heatmap, cell["value"])]
+        layers.append(_words(heatmap, below, x, y, alt.value(MINUS)))
     layered = alt.layer(*layers).resolve_scale(color="independent")
     drawn: alt.LayerChart = layered.properties(
         width=_panel_width(panel), height=_panel_height(panel), title=panel.title
@@ -98,29 +107,47 @@ def _panel_chart(heatmap: Heatmap, panel: Panel, *, with_legend: bool) -> alt.La
     return drawn
 
 
-def _numbers(heatmap: Heatmap, panel: Panel, x: alt.X, y: alt.Y) -> list[alt.Chart]:
-    """Two decimals in every cell that has a value, where cells are large enough."""
-    columns, rows = len(panel.columns), len(panel.layers)
-    if _panel_width(panel) < NUMBER_WIDTH * columns or _panel_height(panel) < NUMBER_HEIGHT * rows:
-        return []
-    cells = [
+def _has_numbers(heatmap: Heatmap, panel: Panel) -> bool:
+    """Whether every cell's value is printed: it is wanted, and cells are large enough."""
+    return heatmap.numbers and _cells_are(panel, NUMBER_WIDTH, NUMBER_HEIGHT)
+
+
+def _has_minus(heatmap: Heatmap, panel: Panel) -> bool:
+    """Whether some cells have a minus in place of a number."""
+    if _has_numbers(heatmap, panel) or not _cells_are(panel, SMALLEST, SMALLEST):
+        return False
+    return any(_is_below(heatmap, float(value)) for value in panel.values[panel.status == "ok"])
+
+
+def _cells_are(panel: Panel, width: float, height: float) -> bool:
+    """Whether cells are so many pixels wide and high at least."""
+    wide = _panel_width(panel) >= width * len(panel.columns)
+    return wide and _panel_height(panel) >= height * len(panel.layers)
+
+
+def _is_below(heatmap: Heatmap, value: float | None) -> bool:
+    return value is not None and heatmap.colours.share(value) <= BELOW
+
+
+def _words(heatmap: Heatmap, cells: list[dict[str, Any]], x: alt.X, y: alt.Y, word: Any) -> alt.Chart:
+    """The value in each of some cells that have one, or a sign for it."""
+    shown = [
         {name: cell[name] for name in ("column", "layer", "value")}
-        | {"ink": "#ffffff" if abs(heatmap.colours.share(cell["value"])) >= DARK else "#222222"}
-        for cell in _cells(panel)
+        | {"ink": ink_on(heatmap.colours.share(cell["value"]))}
+        for cell in cells
         if cell["state"] == "ok"
     ]
-    words = alt.Chart(alt.InlineData(values=cells)).mark_text(fontSize=9)
-    ink = alt.Color("ink:N", scale=None, legend=None)
-    drawn: alt.Chart = words.encode(x, y, ink, alt.Text("value:Q", format=".2f"))
-    return [drawn]
+    words = alt.Chart(inline(shown)).mark_text(fontSize=9, tooltip=None)
+    drawn: alt.Chart = words.encode(x, y, alt.Color("ink:N", scale=None, legend=None), text=word)
+    return drawn
 
 
 def _hatch(panel: Panel, cells: list[dict[str, Any]], x: alt.X, y: alt.Y) -> list[alt.Chart]:
     """A stroke across every cell that was not computed, where cells are large enough."""
     absent = [cell for cell in cells if cell["state"] == "absent"]
-    if not absent or _panel_width(panel) < 8 * len(panel.columns):
+    if not absent or not _cells_are(panel, SMALLEST, 0):
         return []
-    lines = alt.Chart(alt.InlineData(values=absent)).mark_rule(color=HATCH, strokeWidth=1)
+    lines = alt.Chart(inline(absent)).mark_rule(color=HATCH, strokeWidth=1)
     left, bottom = x.copy(), y.copy()
     left["bandPosition"], bottom["bandPosition"] = 0, 1
     drawn: alt.Chart = lines.encode(left, alt.X2("column", bandPosition=1), bottom, alt.Y2("layer", bandPosition=0))

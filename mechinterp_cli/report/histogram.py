@@ -9,7 +9,16 @@ import numpy as np
 
 from mechinterp_cli.report.curves import DASHES
 from mechinterp_cli.report.labels import show_text
-from mechinterp_cli.report.picture import PICTURE_WIDTH, SERIES_COLOURS, Chart, Drawing, head_lines, inline
+from mechinterp_cli.report.picture import (
+    FAINT,
+    PICTURE_WIDTH,
+    SERIES_COLOURS,
+    STROKE,
+    Chart,
+    Drawing,
+    head_lines,
+    inline,
+)
 from mechinterp_cli.report.shapes import Histogram, HistogramPanel
 
 WIDTH, HEIGHT, LEGEND_ROOM = 300, 190, 150
@@ -55,23 +64,29 @@ def _panel(histogram: Histogram, at: int, *, with_legend: bool) -> alt.LayerChar
     def scale(looks: Sequence[Any]) -> alt.Scale:
         return alt.Scale(domain=names, range=[looks[i % len(looks)] for i in range(len(names))])
 
-    legend = alt.Legend(title=None, labelLimit=LEGEND_ROOM, symbolType="square") if with_legend else None
+    legend = alt.Legend(title=None, labelLimit=LEGEND_ROOM, **STROKE) if with_legend else None
+    fill = alt.Color("name:N", scale=scale(SERIES_COLOURS), legend=None)
     colour = alt.Color("name:N", scale=scale(SERIES_COLOURS), legend=legend)
-    dash = alt.StrokeDash("name:N", scale=scale(DASHES), legend=None)
+    dash = alt.StrokeDash("name:N", scale=scale(DASHES), legend=legend)
     reach = alt.Scale(domain=[bins[0], bins[-1]], nice=False, zero=False)
     x = alt.X("from:Q", scale=reach, title=show_text(histogram.x_title), axis=alt.Axis(tickCount=7, format="~g"))
-    tallest = max((share for _, shares in _shares(panel, bins) for share in shares), default=0.0) or 1.0
+    found = (_shares(other, bins) for other in histogram.panels)
+    tallest = max((share for classes in found for _, shares in classes for share in shares), default=0.0) or 1.0
     heights = alt.Scale(domain=[0, 1.06 * tallest], nice=False)
     y = alt.Y("share:Q", title="share of the class", axis=alt.Axis(format=".0%", tickCount=5), scale=heights)
     bars = alt.Chart(inline(list(_bars(panel, bins)))).mark_rect(opacity=0.35)
-    steps = alt.Chart(inline(list(_outline(panel, bins)))).mark_line(interpolate="step-after", strokeWidth=1.5)
-    middle = alt.Chart(inline([{"from": 0.0}])).mark_rule(color="#444444", strokeDash=[4, 3])
+    steps = alt.Chart(inline(list(_outline(panel, bins)))).mark_line(
+        interpolate="step-after", strokeWidth=1.5, tooltip=None
+    )
+    middle = alt.Chart(inline([{"from": 0.0}])).mark_rule(color=FAINT, strokeDash=[4, 3])
     layers = [
-        bars.encode(x, alt.X2("to"), y, alt.Y2("none"), colour),
+        bars.encode(x, alt.X2("to"), y, alt.Y2(datum=0), fill),
         steps.encode(x, y, colour, dash, detail="name:N"),
         middle.encode(x),
     ]
-    return alt.LayerChart(layer=layers, width=WIDTH, height=HEIGHT, title=show_text(panel.title))
+    whole = alt.LayerChart(layer=layers, width=WIDTH, height=HEIGHT, title=show_text(panel.title))
+    drawn: alt.LayerChart = whole.resolve_scale(color="independent")
+    return drawn
 
 
 def _shares(panel: HistogramPanel, bins: Sequence[float]) -> Iterator[tuple[str, list[float]]]:
@@ -82,10 +97,11 @@ def _shares(panel: HistogramPanel, bins: Sequence[float]) -> Iterator[tuple[str,
 
 
 def _bars(panel: HistogramPanel, bins: Sequence[float]) -> Iterator[dict[str, Any]]:
+    sizes = {show_text(name): len(values) for name, values in panel.series.items()}
     for name, shares in _shares(panel, bins):
         for at, share in enumerate(shares):
             if share:
-                yield {"name": name, "from": bins[at], "to": bins[at + 1], "share": share, "none": 0.0}
+                yield {"name": name, "from": bins[at], "to": bins[at + 1], "share": share, "n": str(sizes[name])}
 
 
 def _outline(panel: HistogramPanel, bins: Sequence[float]) -> Iterator[dict[str, Any]]:

@@ -6,8 +6,9 @@ import numpy as np
 import pandas as pd
 from rich.console import Group
 
+from mechinterp_cli.report.behind import Behind, behind
 from mechinterp_cli.report.causal import unit_of
-from mechinterp_cli.report.cells import figure, interval, number, text
+from mechinterp_cli.report.cells import counted, counted_between, figure, interval, number, text
 from mechinterp_cli.report.grid import Heatmap, Panel
 from mechinterp_cli.report.labels import show_text
 from mechinterp_cli.report.rows import Row, distinct, having, records
@@ -54,7 +55,7 @@ def interaction_map(rows: pd.DataFrame, about: Sequence[str]) -> Heatmap | None:
     metric = unit_of(text(rows["metric"].iloc[0]))
     return Heatmap(
         title="Interactions of pairs of units",
-        subtitle=", ".join(filter(None, about)),
+        subtitle=", ".join(filter(None, (*about, counted_between(rows["n"], "prompt")))),
         caption=f"Effect on {metric} of ablating both, minus the sum of the effects of ablating each. 0: they add up.",
         quantity="interaction",
         panels=tuple(_panel(having(rows, ablation=name), f"{name} ablation") for name in ablations),
@@ -66,13 +67,22 @@ def _panel(rows: pd.DataFrame, title: str) -> Panel:
     place = {name: i for i, name in enumerate(names)}
     values = np.full((len(names), len(names)), np.nan)
     status = np.full(values.shape, "absent", dtype=object)
+    details: dict[tuple[int, int], Behind] = {}
     for row in records(rows):
         a, b, value = place[text(row["a"])], place[text(row["b"])], number(row["interaction"])
         values[[a, b], [b, a]] = value
         status[[a, b], [b, a]] = "ok" if np.isfinite(value) else "undefined"
+        details |= dict.fromkeys(((a, b), (b, a)), behind(row))
     labels = tuple(show_text(name) for name in names)
     return Panel(
-        title=title, column_title="", columns=labels, layers=labels, values=values, status=status, row_title=""
+        title=title,
+        column_title="other unit",
+        columns=labels,
+        layers=labels,
+        values=values,
+        status=status,
+        row_title="unit",
+        details=details,
     )
 
 
@@ -109,5 +119,6 @@ def interaction_table(rows: pd.DataFrame, *, count: int, width: int, plain: bool
     metric = unit_of(text(rows["metric"].iloc[0]))
     if not cells:
         return Group(line(f"no interaction on {metric} is defined", plain, "bold"))
-    lines = (f"strongest of {len(rows)} interactions: joint effect on {metric} minus the sum of the single effects",)
+    strongest = f"strongest of {counted(len(rows), 'interaction')}"
+    lines = (f"{strongest}: joint effect on {metric} minus the sum of the single effects",)
     return text_table(cells, _COLUMNS, lines=lines, width=width, plain=plain)

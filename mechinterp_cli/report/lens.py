@@ -1,17 +1,20 @@
 """The logit lens: what the model would say at every layer, and how that nears what it says at the end."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from rich.console import Group
 
-from mechinterp_cli.report.cells import figure, missing, number, text
+from mechinterp_cli.report.behind import Behind
+from mechinterp_cli.report.cells import counted_between, figure, interval, missing, number, text
 from mechinterp_cli.report.grid import ColourScale
 from mechinterp_cli.report.labels import show_token
 from mechinterp_cli.report.rows import Row, distinct, having, records
-from mechinterp_cli.report.shapes import Curve, CurvePanel, Curves
+from mechinterp_cli.report.series import curve_of
+from mechinterp_cli.report.shapes import CurvePanel, Curves
 from mechinterp_cli.report.tables import Column, line, text_table
 from mechinterp_cli.report.wordgrid import WordGrid, WordPanel, terminal_words
 
@@ -206,9 +209,8 @@ def lens_curves(rows: pd.DataFrame, about: Sequence[str]) -> Curves | None:
     panels = [_curve_panel(means, name, title) for name, title in titles.items() if means[name].notna().any()]
     if not panels:
         return None
-    counts = sorted({int(count) for count in means["n"]})
-    n = "" if not counts else f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else str(counts[0])
-    caption = f"Lines: means over {n} prompts, at the last position of each; bands: the middle half of the prompts."
+    n = counted_between(means["n"], "prompt")
+    caption = f"Lines: means over {n}, at the last position of each; bands: the middle half of the prompts."
     caption += " What the embedding itself says is not drawn." if len(means) < len(everything) else ""
     return Curves(
         title="Logit lens by layer",
@@ -232,7 +234,12 @@ def _curve_panel(means: pd.DataFrame, name: str, title: str) -> CurvePanel:
         part = having(means, site=site)
         part = part[part[name].notna()]
         if len(part):
-            columns = (tuple(map(float, part[column])) for column in (name, f"{name}_low", f"{name}_high"))
-            y, low, high = columns
-            curves.append(Curve(name=site, x=tuple(map(float, part["layer"])), y=y, low=low, high=high))
+            ends = (f"{name}_low", f"{name}_high")
+            curves.append(curve_of(site, records(part), "layer", name, ends=ends, told=partial(_behind, ends)))
     return CurvePanel(title="", y_title=title, curves=tuple(curves))
+
+
+def _behind(ends: tuple[str, str], row: Row) -> Behind:
+    """The middle half of the prompts is no interval of the mean."""
+    low, high = ends
+    return {"middle half": interval(row[low], row[high]), "n": text(row["n"])}

@@ -6,11 +6,14 @@ from typing import Any, ClassVar
 
 import pandas as pd
 
+from mechinterp_cli.report.causal import unit_of
+from mechinterp_cli.report.cells import counted, text
 from mechinterp_cli.report.checkpoints import Checkpoints, checkpoints_of
 from mechinterp_cli.report.grid import Heatmap, HeatmapSpec, build_heatmap
 from mechinterp_cli.report.rows import records
-from mechinterp_cli.report.sentences import strongest_sentence
-from mechinterp_cli.report.shapes import Curves, Picture
+from mechinterp_cli.report.sentences import level_of, strongest_sentence
+from mechinterp_cli.report.series import dot_of
+from mechinterp_cli.report.shapes import Curves, DotPanel, Dots, Picture
 from mechinterp_cli.report.sparkline import terminal_curves
 from mechinterp_cli.report.terminal import describe_place, strongest, strongest_table, terminal_heatmap
 from mechinterp_cli.report.training import trial_curves
@@ -25,6 +28,8 @@ class PatchView:
 
     maps: tuple[tuple[str, Heatmap], ...]
     """(file name without ending, picture) of every site block."""
+    paths: tuple[tuple[str, Dots], ...]
+    """(file name without ending, picture) of every block of paths that were listed one by one."""
     rows: pd.DataFrame
     """Summary rows of the first metric, all prompts, the main aggregate, the last checkpoint."""
     tokens: Mapping[str, Sequence[str]]
@@ -39,24 +44,35 @@ class PatchView:
     """Those of the run; `rows` are of the last."""
     about: tuple[str, ...]
     """Task and model, for the subtitle of what is drawn along training."""
+    level: str = "95"
+    """Of intervals, in percent."""
 
     pages: ClassVar[Sequence[tuple[str, str]]] = ()
     """No page of its own."""
 
     @property
     def pictures(self) -> Sequence[tuple[str, Picture]]:
-        """Every map, then the strongest trials along training."""
+        """Every map, paths that were listed, then the strongest trials along training."""
         # Altair takes half a second to import, which the terminal's view need not wait for.
-        from mechinterp_cli.report import curves, heatmap
+        from mechinterp_cli.report import curves, dots, heatmap
 
         found: list[tuple[str, Picture]] = [(name, heatmap.drawing(grid)) for name, grid in self.maps]
+        found += [(name, dots.drawing(shape)) for name, shape in self.paths]
         along = self._along_training()
         return [*found, ("training", curves.drawing(along))] if along is not None else found
 
     def _along_training(self) -> Curves | None:
         if not self.checkpoints.several or self.strongest.empty:
             return None
-        return trial_curves(self.everywhere, self.strongest, self.checkpoints, self.tokens, self.quantity, self.about)
+        return trial_curves(
+            self.everywhere,
+            self.strongest,
+            self.checkpoints,
+            self.tokens,
+            self.quantity,
+            self.about,
+            level=self.level,
+        )
 
     @property
     def strongest(self) -> pd.DataFrame:
@@ -114,7 +130,7 @@ def patch_view(manifest: Manifest, tables: Mapping[str, pd.DataFrame]) -> PatchV
     everywhere, tokens = summary[chosen], first_tokens(prompts)
     checkpoints = checkpoints_of(summary)
     rows = checkpoints.last(everywhere)
-    about = (manifest.model.get("id", ""), checkpoints.about, metric, f"{prompts['prompt'].nunique()} prompts")
+    about = (manifest.model.get("id", ""), checkpoints.about, metric, counted(prompts["prompt"].nunique(), "prompt"))
     spec = HeatmapSpec(
         title=manifest.display.get("title", manifest.name),
         subtitle=", ".join(part for part in about if part),
@@ -122,9 +138,12 @@ def patch_view(manifest: Manifest, tables: Mapping[str, pd.DataFrame]) -> PatchV
         aggregate=aggregate,
         tokens=tokens,
         names_vary=names_vary(prompts),
+        unit=unit_of(metric).removeprefix(metric).strip(),
     )
+    level = level_of(manifest.config)
     return PatchView(
         maps=tuple(_maps(rows, spec, metric, one_template="" in tokens)),
+        paths=tuple(_paths(rows, spec, metric, level)),
         rows=rows,
         tokens=tokens,
         quantity="normalized" if normalised else "effect",
@@ -132,6 +151,7 @@ def patch_view(manifest: Manifest, tables: Mapping[str, pd.DataFrame]) -> PatchV
         everywhere=everywhere,
         checkpoints=checkpoints,
         about=(spec.title, str(manifest.model.get("id", "")), metric),
+        level=level,
     )
 
 
@@ -140,13 +160,33 @@ def _maps(rows: pd.DataFrame, spec: HeatmapSpec, metric: str, *, one_template: b
         rows = rows.assign(template=pd.Series(pd.NA, index=rows.index, dtype=object))
     for block, part in rows.groupby("block", sort=True):
         kind = str(part["site"].iloc[0])
-        if kind == "path" and part["head"].isna().any() and part["layer"].duplicated().any():
-            # Not each head, or each MLP, but paths that were listed: a column for each.
-            part = part.assign(span=part["label"].str.removeprefix("path ")).assign(
-                head=pd.Series(pd.NA, index=part.index, dtype=object)
+        if not _is_listed(part):
+            title = f"{kind}, {spec.title}"
+            yield f"{int(str(block)):02d}-{kind}-{metric}", build_heatmap(part, replace(spec, title=title))
+
+
+def _is_listed(part: pd.DataFrame) -> bool:
+    """Whether a block has not a path from each head, or each MLP, but paths that were listed: no grid has room."""
+    path = part["site"].iloc[0] == "path"
+    return bool(path and part["head"].isna().any() and part["layer"].duplicated().any())
+
+
+def _paths(rows: pd.DataFrame, spec: HeatmapSpec, metric: str, level: str) -> Iterator[tuple[str, Dots]]:
+    """A line for each path that was listed, with its interval."""
+    quantity = "effect" if spec.aggregate == "mean" else "normalized"
+    unit = f"effect on {unit_of(metric)}" if quantity == "effect" else "normalised effect"
+    for block, part in rows.groupby("block", sort=True):
+        if _is_listed(part):
+            dots = tuple(dot_of(text(row["label"]).removeprefix("path "), "", row, quantity) for row in records(part))
+            caption = " ".join(filter(None, (spec.normalization, f"Bars: {level} % intervals.")))
+            yield (
+                f"{int(str(block)):02d}-path-{metric}",
+                Dots(
+                    title=f"paths, {spec.title}",
+                    lines=(spec.subtitle, caption),
+                    panels=(DotPanel(title="", x_title=unit, dots=dots),),
+                ),
             )
-        title = f"{kind}, {spec.title}"
-        yield f"{int(str(block)):02d}-{kind}-{metric}", build_heatmap(part, replace(spec, title=title))
 
 
 def first_tokens(prompts: pd.DataFrame) -> dict[str, Sequence[str]]:

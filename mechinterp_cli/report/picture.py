@@ -24,6 +24,10 @@ COLOURS = ("#b2182b", "#ef8a62", "#fddbc7", "#ffffff", "#d1e5f0", "#67a9cf", "#2
 """ColorBrewer's red–blue, which the colour-blind can tell apart: white is 0 (or chance), blue is above."""
 SERIES_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
 """Okabe and Ito's, which the colour-blind can tell apart; their yellow is too pale for points on white."""
+FAINT = "#444444"
+"""Of lines and letters that stay behind. The page's script knows this grey, and makes it light on a dark page."""
+STROKE = {"symbolType": "stroke", "symbolSize": 300, "symbolStrokeWidth": 2}
+"""A legend's symbols for lines: long enough for their dashes to be seen."""
 PICTURE_WIDTH = 1280
 """Panels are set side by side up to this many pixels."""
 
@@ -75,6 +79,30 @@ class Drawing:
         return {"png": self.png, "svg": self.svg, "pdf": self.pdf}[form]()
 
 
+def ink_on(share: float) -> str:
+    """Black or white: what can be read on a colour.
+
+    Args:
+        share: Where the colour lies among `COLOURS`: −1 and 1 are their ends, 0 the middle.
+    """
+    arm = len(COLOURS) // 2
+    place = min(max(share, -1.0), 1.0) * arm + arm
+    at = min(int(place), len(COLOURS) - 2)
+    ends = ([int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)] for colour in COLOURS[at : at + 2])
+    mixed = (low + (high - low) * (place - at) for low, high in zip(*ends, strict=True))
+    light = sum(weight * _linear(part) for weight, part in zip((0.2126, 0.7152, 0.0722), mixed, strict=True))
+    return "#000000" if light > MID_LIGHT else "#ffffff"
+
+
+MID_LIGHT = 0.179
+"""Relative luminance at which black and white letters stand out alike (WCAG 2.2)."""
+
+
+def _linear(part: float) -> float:
+    """A colour's part of sRGB as light."""
+    return float(part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4)
+
+
 def head_lines(title: str, lines: Sequence[str], room: float) -> alt.TitleParams:
     """A picture's title and what stands below it, broken to the picture's width.
 
@@ -89,7 +117,7 @@ def head_lines(title: str, lines: Sequence[str], room: float) -> alt.TitleParams
         anchor="start",
         fontSize=15,
         subtitleFontSize=11,
-        subtitleColor="#444444",
+        subtitleColor=FAINT,
         subtitleLineHeight=15,
         offset=12,
     )

@@ -1,15 +1,15 @@
 """What is measured along a text: the loss, and its change, at every position, with and without ablations."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 
 from mechinterp_cli.report.causal import unit_of
-from mechinterp_cli.report.cells import missing, number, text
+from mechinterp_cli.report.cells import counted_between, missing, number, text
 from mechinterp_cli.report.rows import Row, chosen_metric, distinct, having, records
-from mechinterp_cli.report.shapes import Curve, CurvePanel, Curves, y_range
+from mechinterp_cli.report.series import curve_of
+from mechinterp_cli.report.shapes import Curve, CurvePanel, Curves
 from mechinterp_cli.report.trials import Trials, key_of
 
 UNEDITED = "unedited"
@@ -21,17 +21,18 @@ MAX_POINTS = 256
 WIDTH = 560
 AGAINST_UNEDITED = ("kl", "top1")
 """Metrics that compare with the unedited model: their change is what they are, or is 1 less, and is not drawn."""
-REACH = 1.0
-"""Bands are drawn up to so many heights of the lines beyond them."""
 
 
-def position_curves(rows: pd.DataFrame, trials: Trials, about: Sequence[str]) -> Iterator[tuple[str, Curves]]:
+def position_curves(
+    rows: pd.DataFrame, trials: Trials, about: Sequence[str], level: str = "95"
+) -> Iterator[tuple[str, Curves]]:
     """A picture per template: the loss by position, below it the change.
 
     Args:
         rows: The positions table, of one checkpoint.
         trials: Tells which trials are followed, where the table has more than can be drawn.
         about: What stands in the subtitle.
+        level: Of intervals, in percent.
 
     Yields:
         (file name without ending, picture).
@@ -46,11 +47,11 @@ def position_curves(rows: pd.DataFrame, trials: Trials, about: Sequence[str]) ->
         words += f" {left} more are in the table." if left > 0 else ""
         yield (
             f"positions-{at + 1}" if len(templates) > 1 else "positions",
-            _picture(part, metric, trials, (*filter(None, (", ".join(filter(None, about)),)), words)),
+            _picture(part, metric, trials, (*filter(None, (", ".join(filter(None, about)),)), words), level),
         )
 
 
-def _picture(rows: pd.DataFrame, metric: str, trials: Trials, lines: Sequence[str]) -> Curves:
+def _picture(rows: pd.DataFrame, metric: str, trials: Trials, lines: Sequence[str], level: str) -> Curves:
     runs: dict[tuple[str, int] | None, list[Row]] = {}
     # Every value has its own rows of the unedited model; one of them is drawn.
     unedited = rows["trial"].isna().to_numpy(dtype=bool)
@@ -65,15 +66,14 @@ def _picture(rows: pd.DataFrame, metric: str, trials: Trials, lines: Sequence[st
     value += [_curve(names[key], runs[key], "value", stretch) for key in chosen]
     # Panels without a curve have nothing to say.
     panels = [CurvePanel(title="", y_title=unit_of(metric), curves=tuple(value))] if value else []
-    beyond = False
     if chosen and metric not in AGAINST_UNEDITED:
         # The change of the unedited model is nothing; the name keeps every run's colour the same in both panels.
         change = [Curve(name=UNEDITED, x=(), y=())] if None in runs else []
         change += [_curve(names[key], runs[key], "effect", stretch, band=len(chosen) <= MAX_BANDS) for key in chosen]
-        panel, beyond = _within_reach(CurvePanel(title="", y_title=f"change of {metric}", curves=tuple(change)))
-        panels.append(panel)
-    cut = "Intervals go on beyond the axis where they meet it." if beyond else ""
-    captions = (*lines, _caption(len(runs) - (None in runs), len(chosen), stretch), cut)
+        title = f"change of {unit_of(metric)}"
+        panels.append(CurvePanel(title="", y_title=title, curves=tuple(change)))
+    banded = any(curve.low is not None for panel in panels for curve in panel.curves)
+    captions = (*lines, _caption(rows, len(runs) - (None in runs), len(chosen), stretch, level if banded else ""))
     return Curves(
         title=f"{metric} by position, with and without ablations",
         lines=tuple(filter(None, captions)),
@@ -86,18 +86,12 @@ def _picture(rows: pd.DataFrame, metric: str, trials: Trials, lines: Sequence[st
     )
 
 
-def _within_reach(panel: CurvePanel) -> tuple[CurvePanel, bool]:
-    """A range in which the lines can be read, however wide an interval is; and whether one leaves it."""
-    low, high = y_range([replace(panel, curves=tuple(replace(curve, low=None, high=None) for curve in panel.curves))])
-    whole = y_range([panel])
-    reach = REACH * (high - low)
-    ends = max(whole[0], low - reach), min(whole[1], high + reach)
-    return replace(panel, y_range=ends), ends != whole
-
-
-def _caption(there: int, drawn: int, stretch: int) -> str:
-    parts = [f"{drawn} of {there} ablations." if drawn < there else ""]
+def _caption(rows: pd.DataFrame, there: int, drawn: int, stretch: int, level: str) -> str:
+    prompts = counted_between(rows["n"], "prompt")
+    parts = [f"Means over {prompts}." if prompts else ""]
+    parts.append(f"{drawn} of {there} ablations." if drawn < there else "")
     parts.append(f"Every point is the mean over {stretch} positions." if stretch > 1 else "")
+    parts.append(f"Bands: {level} % intervals." if level else "")
     return " ".join(filter(None, parts))
 
 
@@ -119,11 +113,13 @@ def _curve(name: str, run: Sequence[Row], column: str, stretch: int, *, band: bo
     def means(of: str) -> tuple[float, ...]:
         return tuple(_mean([number(row[of]) for row in part], [number(row["n"]) for row in part]) for part in parts)
 
+    if stretch == 1:
+        # What stands behind the value itself no table has: intervals are of the change.
+        told = None if column == "effect" else lambda row: {"n": text(row["n"])}
+        return curve_of(name, run, "position", column, band=band, told=told)
     parts = [run[i : i + stretch] for i in range(0, len(run), stretch)]
     x = tuple(float(np.mean([number(row["position"]) for row in part])) for part in parts)
-    banded = band and stretch == 1 and any(text(row["ci_low"]) for row in run)
-    low, high = (means("ci_low"), means("ci_high")) if banded else (None, None)
-    return Curve(name=name, x=x, y=means(column), low=low, high=high)
+    return Curve(name=name, x=x, y=means(column))
 
 
 def _mean(values: Sequence[float], weights: Sequence[float]) -> float:

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import pandas as pd
 
-from mechinterp_cli.report.cells import figure, missing, number, text
+from mechinterp_cli.report.cells import counted, figure, missing, text
 from mechinterp_cli.report.checkpoints import checkpoints_of
 from mechinterp_cli.report.grid import Heatmap
 from mechinterp_cli.report.patch import first_tokens
@@ -20,7 +20,7 @@ from mechinterp_cli.report.probe_projections import projection_histograms
 from mechinterp_cli.report.probe_scores import NAMES, Scores, score_curves, score_tables
 from mechinterp_cli.report.probe_verdicts import adjusted, questions, telling, verdict_sentences, verdict_tables
 from mechinterp_cli.report.rows import Row, chosen_metric, distinct, having, without
-from mechinterp_cli.report.sentences import certainty, named_tables
+from mechinterp_cli.report.sentences import certainty, level_of, named_tables
 from mechinterp_cli.report.shapes import Curves, Histogram, Picture
 from mechinterp_cli.report.sparkline import terminal_curves
 from mechinterp_cli.runs.manifest import Manifest
@@ -140,8 +140,8 @@ def probe_view(manifest: Manifest, tables: Mapping[str, pd.DataFrame]) -> ProbeV
 
     named = (str(manifest.display.get("title", manifest.name)), str(manifest.model.get("id", "")), checkpoints.about)
     title = tuple(part for part in named if part)
-    samples = f"{manifest.task.get('samples', '')} samples"
-    level = f"{100 * number((config.get('stats') or {}).get('ci', 0.95)):g}"
+    samples = counted(int(manifest.task.get("samples") or 0), "sample")
+    level = level_of(config)
     moved = first("causal_prompts")
     moved = labelled_prompts(having(moved, direction=PROBE) if len(moved) else moved, last["labels"])
     return ProbeView(

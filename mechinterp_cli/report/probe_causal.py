@@ -1,15 +1,17 @@
 """What interventions on a probe's directions do, beside random ones: by layer, by strength, and downstream."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 import pandas as pd
 
+from mechinterp_cli.report.behind import Behind, behind
 from mechinterp_cli.report.causal import unit_of
-from mechinterp_cli.report.cells import figure, missing, number, text
+from mechinterp_cli.report.cells import between, counted_between, figure, missing, number, probability, text
 from mechinterp_cli.report.rows import Row, distinct, having, records
+from mechinterp_cli.report.series import curve_of, numbers, random_curve
 from mechinterp_cli.report.shapes import Curve, CurvePanel, Curves, y_range
 
 PROBE, STEER, ALL = "probe", "steer", "all"
@@ -54,20 +56,22 @@ class Effects:
         """The groups of prompts, without `all`."""
         return [group for group in distinct(self.own, "group") if group != ALL]
 
-    def said(self, rows: pd.DataFrame) -> str:
+    def said(self, rows: pd.DataFrame, *, of_all: bool = True) -> str:
         """How many prompts, random draws and what the bands are.
 
         Args:
             rows: Of the probes' directions, those that are drawn.
+            of_all: Whether intervals over all prompts are drawn.
         """
         rows = having(rows, group=ALL)
-        counts = [_span(rows["n"]) + " prompts" if len(rows) else ""]
-        draws = rows[rows["draws"].fillna(0) > 0]["draws"]
-        beside = f"{_span(draws)} random subspaces of the same rank and removed variance" if len(draws) else ""
-        words = f"{', '.join(filter(None, (*counts, beside)))}." if len(rows) else ""
-        random = "; of random subspaces the middle 95 % of draws" if beside else ""
-        bands = f"Bands: {self.level} % intervals over prompts{random}."
-        return f"{words} {bands}".strip()
+        drawn = rows[rows["draws"].fillna(0) > 0]["draws"]
+        subspaces = "random subspaces of the same rank and removed variance"
+        counts = [counted_between(rows["n"], "prompt"), f"{between(drawn)} {subspaces}" if len(drawn) else ""]
+        words = f"{', '.join(filter(None, counts))}." if any(counts) else ""
+        bands = [f"{self.level} % intervals over prompts" if of_all else ""]
+        bands.append("of random subspaces the middle 95 % of draws" if len(drawn) else "")
+        told = "; ".join(filter(None, bands))
+        return f"{words} {f'Bands: {told}.' if told else ''}".strip()
 
     def apart(self, rows: pd.DataFrame) -> list[str]:
         """The groups to draw apart: those that some place moves in opposite ways; else all prompts together.
@@ -87,11 +91,6 @@ class Effects:
 
 PLACE = ("probe", "site", "head", "kv_head", "position", "span", "template")
 """What a place is, beside its layer."""
-
-
-def _span(values: pd.Series) -> str:
-    numbers = sorted({int(number(value)) for value in values.dropna()})
-    return f"{numbers[0]} to {numbers[-1]}" if len(numbers) > 1 else str(numbers[0]) if numbers else ""
 
 
 def done(row: Row) -> str:
@@ -199,45 +198,24 @@ def _largest(rows: pd.DataFrame) -> list[Row]:
     return [best[layer] for layer in sorted(best)]
 
 
-def column(rows: Sequence[Row], name: str) -> tuple[float, ...]:
-    """Numbers of rows; NaN where there are none.
-
-    Args:
-        rows: Of any table.
-        name: The column's.
-    """
-    return tuple(number(row[name]) for row in rows)
-
-
 def _layer_panel(title: str, rows: pd.DataFrame, unit: str, verdicts: Sequence[str]) -> CurvePanel:
     told = _largest(rows)
-    x, effect = column(told, "layer"), column(told, "effect")
-    own = Curve(
-        name="probe's subspace", x=x, y=effect, low=column(told, "ci_low"), high=column(told, "ci_high"), look="line"
-    )
-    random = Curve(
-        name="random subspaces",
-        x=x,
-        y=column(told, "random_effect"),
-        low=column(told, "random_low"),
-        high=column(told, "random_high"),
-        look="line",
-    )
-    curves = (own, random, *_verdict_dots(told, x, effect, verdicts), *_margins(told, x))
+    own = curve_of("probe's subspace", told, "layer", "effect", look="line")
+    random = random_curve("random subspaces", told, "layer", look="line")
+    curves = (own, random, *_verdict_dots(told, "effect", verdicts, behind), *_margins(told))
     return CurvePanel(title=title, y_title=f"effect on {unit}", curves=curves)
 
 
 def _verdict_dots(
-    told: Sequence[Row], x: tuple[float, ...], y: tuple[float, ...], verdicts: Sequence[str]
+    told: Sequence[Row], y: str, verdicts: Sequence[str], behind: Callable[[Row], Behind]
 ) -> Iterator[Curve]:
     for verdict in verdicts:
-        held = [text(row.get("verdict")) == verdict for row in told]
-        found = tuple(value if own else math.nan for own, value in zip(held, y, strict=True))
-        yield Curve(name=VERDICTS[verdict], x=x, y=found, look="dots")
+        own = [row for row in told if text(row.get("verdict")) == verdict]
+        yield curve_of(VERDICTS[verdict], own, "layer", y, band=False, look="dots", told=behind)
 
 
-def _margins(told: Sequence[Row], x: tuple[float, ...]) -> list[Curve]:
-    margin = _margin(told)
+def _margins(told: Sequence[Row]) -> list[Curve]:
+    margin, x = _margin(told), numbers(told, "layer")
     if not math.isfinite(margin):
         return []
     return [Curve(name="± margin", x=x, y=(end,) * len(x), look="reference") for end in (margin, -margin)]
@@ -262,11 +240,19 @@ def _cancels(rows: pd.DataFrame) -> bool:
 
 def _size_panel(title: str, rows: pd.DataFrame, unit: str, verdicts: Sequence[str]) -> CurvePanel:
     told = _largest(rows.assign(effect=rows["size"]))
-    x, size = column(told, "layer"), column(told, "size")
-    own = Curve(name="probe's subspace", x=x, y=size, look="line")
-    random = Curve(name="random subspaces", x=x, y=column(told, "random_size"), look="line")
-    curves = (own, random, *_verdict_dots(told, x, size, verdicts), *_margins(told, x)[:1])
+    own = curve_of("probe's subspace", told, "layer", "size", look="line", told=_behind_size)
+    random = curve_of("random subspaces", told, "layer", "random_size", look="line", told=_behind_draws)
+    curves = (own, random, *_verdict_dots(told, "size", verdicts, _behind_size), *_margins(told)[:1])
     return CurvePanel(title=title, y_title=f"mean |effect| on {unit}", curves=curves)
+
+
+def _behind_size(row: Row) -> Behind:
+    """No interval: that of the table is of the difference from random subspaces."""
+    return {"p": probability(row["size_p_adjusted"]), "n": text(row["n"])}
+
+
+def _behind_draws(row: Row) -> Behind:
+    return {"draws": text(row["draws"])}
 
 
 def baseline_words(rows: pd.DataFrame) -> str:

@@ -6,6 +6,7 @@ import pandas as pd
 
 from mechinterp_cli.report.cells import number
 from mechinterp_cli.report.rows import Row, distinct, having, records
+from mechinterp_cli.report.series import curve_of
 from mechinterp_cli.report.shapes import Curve, CurvePanel, Curves
 
 MAX_LINES = 6
@@ -31,14 +32,9 @@ def code_curves(rows: pd.DataFrame, about: Sequence[str]) -> Curves | None:
     more = f" The {len(lines)} shortest of {len(lines) + left}." if left else ""
     uniform = sorted({round(number(row["uniform"]), 6) for row in records(rows)})
     x = next(iter(lines.values()))[0]
-    bits = [
-        Curve(name=name, x=own, y=tuple(number(row["bits"]) for row in best)) for name, (own, best) in lines.items()
-    ]
+    bits = [curve_of(name, best, own, "bits") for name, (own, best) in lines.items()]
     bits += [Curve(name=UNIFORM, x=x, y=(value,) * len(x), look="reference") for value in uniform[:1]]
-    ratio = [
-        Curve(name=name, x=own, y=tuple(number(row["compression"]) for row in best))
-        for name, (own, best) in lines.items()
-    ]
+    ratio = [curve_of(name, best, own, "compression") for name, (own, best) in lines.items()]
     ratio.append(Curve(name=UNIFORM, x=x, y=(1.0,) * len(x), look="reference"))
     return Curves(
         title=f"{about[0]}: code length",

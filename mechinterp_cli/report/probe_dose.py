@@ -6,10 +6,11 @@ from dataclasses import dataclass, replace
 
 import pandas as pd
 
-from mechinterp_cli.report.cells import missing, number, text
-from mechinterp_cli.report.probe_causal import ALL, MAX_PANELS, PLACE, STEER, WIDTH, Effects, column, several_of, where
-from mechinterp_cli.report.probe_scores import ends_of
+from mechinterp_cli.report.behind import Behind
+from mechinterp_cli.report.cells import counted, missing, number, text
+from mechinterp_cli.report.probe_causal import ALL, MAX_PANELS, PLACE, STEER, WIDTH, Effects, several_of, where
 from mechinterp_cli.report.rows import Row, having, records
+from mechinterp_cli.report.series import curve_of, numbers, random_curve
 from mechinterp_cli.report.shapes import Curve, CurvePanel, Curves, y_range
 
 BEST = 6
@@ -37,10 +38,16 @@ class _Split:
     classes: tuple[str, ...]
     groups: tuple[str, ...]
 
-    @property
-    def said(self) -> str:
+    def said(self, prompts: pd.DataFrame) -> str:
+        """What is drawn apart.
+
+        Args:
+            prompts: The effects on prompts, with their classes.
+        """
         if self.classes:
-            return "Classes apart, as they are moved in opposite ways; means without intervals."
+            sizes = {name: having(prompts, **{"class": name})["prompt"].nunique() for name in self.classes}
+            of = " and ".join(f"{counted(size, 'prompt')} of {name}" for name, size in sizes.items())
+            return f"Classes apart, as they are moved in opposite ways: means over {of}, without intervals."
         return "Groups of prompts apart, as they are moved in opposite ways." if self.groups != (ALL,) else ""
 
 
@@ -67,9 +74,10 @@ def dose_curves(effects: Effects, kind: str) -> Curves | None:
     panels = [one.panel(split, several, effects.unit) for one in kept]
     ends = y_range(panels)
     more = f"The {len(kept)} of {len(places)} places that are moved most." if len(places) > len(kept) else ""
+    notes = (effects.said(rows, of_all=not split.classes), more, split.said(prompts))
     return Curves(
         title=f"{effects.about[0]}: steering along the probe's direction, {kind}",
-        lines=(", ".join(effects.about[1:]), " ".join(filter(None, (effects.said(rows), more, split.said)))),
+        lines=(", ".join(effects.about[1:]), " ".join(filter(None, notes))),
         x_title="strength (standard deviations)",
         panels=tuple(replace(panel, y_range=ends) for panel in panels),
         across=3,
@@ -125,8 +133,9 @@ class _Steered:
             told = sorted(records(having(self.rows, group=group)), key=lambda row: number(row["strength"]))
             named = "" if group == ALL else f", {group}"
             if not split.classes:
-                curves.append(_along(f"probe's direction{named}", told, "effect", ("ci_low", "ci_high")))
-            curves.append(_along(f"random directions{named}", told, "random_effect", ("random_low", "random_high")))
+                curves.append(_along(f"probe's direction{named}", told, "effect"))
+            random = _known(told, "random_effect")
+            curves.append(random_curve(f"random directions{named}", random, "strength"))
             if groups == (ALL,) and any(math.isfinite(number(row["control_effect"])) for row in told):
                 curves.append(_along("control labels' direction", told, "control_effect"))
         title = ", ".join(filter(None, (f"layer {text(first['layer'])}", where(first, several=several))))
@@ -134,16 +143,26 @@ class _Steered:
         return CurvePanel(title=title, y_title=f"effect on {unit}", curves=drawn)
 
     def _class(self, name: str) -> Curve:
-        means = having(self.prompts, **{"class": name}).groupby("strength")["effect"].mean()
+        parts = having(self.prompts, **{"class": name}).groupby("strength")["effect"]
+        means = parts.mean()
+        sizes = tuple({"n": f"{size:g}"} for size in parts.count())
         x, y = (tuple(number(value) for value in values) for values in (means.index, means))
-        return Curve(name=f"probe's direction, {name}", x=x, y=y)
+        return Curve(name=f"probe's direction, {name}", x=x, y=y, behind=sizes)
 
 
-def _along(name: str, told: Sequence[Row], values: str, band: tuple[str, str] | None = None) -> Curve:
-    """A number against strength, where it is known."""
-    known = [row for row in told if math.isfinite(number(row[values]))]
-    low, high = (column(known, end) for end in band) if band else (None, None)
-    return Curve(name=name, x=column(known, "strength"), y=column(known, values), low=low, high=high)
+def _along(name: str, told: Sequence[Row], values: str) -> Curve:
+    """A number against strength, where it is known; the effect with its interval."""
+    own = None if values == "effect" else _behind_control
+    return curve_of(name, _known(told, values), "strength", values, band=own is None, told=own)
+
+
+def _known(told: Sequence[Row], values: str) -> list[Row]:
+    return [row for row in told if math.isfinite(number(row[values]))]
+
+
+def _behind_control(row: Row) -> Behind:
+    """No interval: that of the table is of the difference from the probe's direction."""
+    return {"n": text(row["n"])}
 
 
 def downstream_curves(rows: pd.DataFrame, about: Sequence[str], measure: str) -> Curves | None:
@@ -163,9 +182,9 @@ def downstream_curves(rows: pd.DataFrame, about: Sequence[str], measure: str) ->
     parts = list(rows.groupby(keys, sort=False, dropna=False))
     several = {name: rows[name].nunique() > 1 for name in keys}
     panels = [_downstream_panel(records(part), several, measure) for _, part in parts[:MAX_PANELS]]
-    low, high = ends_of(panels)
+    low, high = y_range(panels, zero=False)
     more = f" The first {MAX_PANELS} of {len(parts)} erasures." if len(parts) > MAX_PANELS else ""
-    notes = f"Probes of unedited activations, on prompts that none was fitted on, with and without the erasure.{more}"
+    notes = f"Probes of unedited activations, on prompts that none was fitted on. No intervals.{more}"
     return Curves(
         title=f"{about[0]}: does what was erased come back?",
         lines=(", ".join(about[1:]), notes),
@@ -180,16 +199,16 @@ def downstream_curves(rows: pd.DataFrame, about: Sequence[str], measure: str) ->
 
 def _downstream_panel(told: Sequence[Row], several: Mapping[str, bool], measure: str) -> CurvePanel:
     told = sorted(told, key=lambda row: number(row["layer"]))
-    first, x = told[0], column(told, "layer")
+    first, x = told[0], numbers(told, "layer")
     head = "" if missing(first["erased_head"]) else f", head {text(first['erased_head'])}"
     parts = [text(first["probe"]) if several["probe"] else "", text(first["site"]) if several["site"] else ""]
     title = ", ".join(
         filter(None, [f"erased at {text(first['erased_site'])} {text(first['erased_layer'])}{head}", *parts])
     )
-    chance = column(told, "chance")
+    chance = numbers(told, "chance")
     curves = [
-        Curve(name="before", x=x, y=column(told, "score_before")),
-        Curve(name="after", x=x, y=column(told, "score_after")),
+        Curve(name="before", x=x, y=numbers(told, "score_before")),
+        Curve(name="after", x=x, y=numbers(told, "score_after")),
     ]
     if any(map(math.isfinite, chance)):
         curves.append(Curve(name="best baseline", x=x, y=chance, look="reference"))

@@ -4,10 +4,11 @@ from collections.abc import Iterator, Mapping
 
 import pandas as pd
 
-from mechinterp_cli.report.cells import number, text
-from mechinterp_cli.report.probe_scores import NAMES, Scores, drawn, ends_of
+from mechinterp_cli.report.cells import counted_between, number, text
+from mechinterp_cli.report.probe_scores import FLOOR, NAMES, Scores
 from mechinterp_cli.report.rows import Row, distinct, having, records, without
-from mechinterp_cli.report.shapes import Curve, CurvePanel, Curves
+from mechinterp_cli.report.series import curve_of
+from mechinterp_cli.report.shapes import Curve, CurvePanel, Curves, y_range
 
 MAX_LINES = 6
 
@@ -25,9 +26,8 @@ def learning_curves(rows: pd.DataFrame, scores: Scores) -> Curves | None:
     if rows.empty:
         return None
     panels = [_panel(scores, kind, having(rows, site=kind)) for kind in distinct(rows, "site")]
-    low, high = ends_of(panels)
-    counts = sorted({int(number(row["n"])) for row in records(rows)})
-    notes = f"Scores of {' to '.join(map(str, dict.fromkeys((counts[0], counts[-1]))))} held-out samples."
+    low, high = y_range(panels, zero=False)
+    notes = f"Scores of {counted_between(rows['n'], 'held-out sample')}."
     return Curves(
         title=f"{scores.about[0]}: learning curve",
         lines=(", ".join(scores.about[1:]), f"{notes} Bands: {scores.level} % intervals over groups of samples."),
@@ -45,10 +45,7 @@ def _panel(scores: Scores, kind: str, rows: pd.DataFrame) -> CurvePanel:
     curves = []
     for name, (label, probe) in list(_shown(scores, kind, rows).items())[:MAX_LINES]:
         told = sorted(records(having(rows, label=label, probe=probe)), key=lambda row: number(row["n_train"]))
-        x, y, low, high = (
-            tuple(drawn(number(row[column])) for row in told) for column in ("n_train", "score", "ci_low", "ci_high")
-        )
-        curves.append(Curve(name=name, x=x, y=y, low=low, high=high))
+        curves.append(curve_of(name, told, "n_train", "score", floor=FLOOR))
     levels = {number(row["score"]) for row in records(having(scores.rows, baseline="majority"))}
     if curves and len(levels) == 1:
         curves.append(

@@ -8,8 +8,10 @@ from functools import cached_property
 import pandas as pd
 from rich.console import Group
 
+from mechinterp_cli.report.behind import Behind
 from mechinterp_cli.report.cells import figure, interval, number, probability, text
 from mechinterp_cli.report.rows import Row, distinct, having, records, without
+from mechinterp_cli.report.series import curve_of
 from mechinterp_cli.report.shapes import Curve, CurvePanel, Curves, y_range
 from mechinterp_cli.report.tables import Column, text_table
 
@@ -111,7 +113,7 @@ def score_curves(scores: Scores, kind: str) -> Curves:
     read = [_score_panel(scores, view, having(rows, view=view)) for view in kept]
     gained = [_selectivity_panel(view, having(scores.own, site=kind, view=view)) for view in kept]
     gained = [panel for panel in gained if panel.curves]
-    low, high = ends_of(read)
+    low, high = y_range(read, zero=False)
     read = [_within(panel, low, high) for panel in read]
     low, high = y_range(gained)
     gained = [_within(panel, low, high) for panel in gained]
@@ -180,13 +182,14 @@ def by_layer(name: str, rows: pd.DataFrame, column: str = "score", *, bands: boo
         layer = int(number(row["layer"]))
         if layer not in best or number(row["score"]) > number(best[layer]["score"]):
             best[layer] = row
-    order = sorted(best)
-    y = tuple(drawn(number(best[layer][column])) for layer in order)
-    x = tuple(float(layer) for layer in order)
-    if not bands:
-        return Curve(name=name, x=x, y=y)
-    low, high = (tuple(drawn(number(best[layer][end])) for layer in order) for end in ("ci_low", "ci_high"))
-    return Curve(name=name, x=x, y=y, low=low, high=high)
+    told = None if column == "score" else _behind_selectivity
+    layers = [best[layer] for layer in sorted(best)]
+    return curve_of(name, layers, "layer", column, band=bands, floor=FLOOR, told=told)
+
+
+def _behind_selectivity(row: Row) -> Behind:
+    """No interval: that of the table is of the score."""
+    return {"n": text(row["n"])}
 
 
 def drawn(value: float) -> float:
@@ -196,19 +199,6 @@ def drawn(value: float) -> float:
         value: NaN stays.
     """
     return max(value, FLOOR) if math.isfinite(value) else math.nan
-
-
-def ends_of(panels: Sequence[CurvePanel]) -> tuple[float, float]:
-    """What holds every line and band, and a margin; lines of scores need no 0.
-
-    Args:
-        panels: Those that share it.
-    """
-    curves = [curve for panel in panels for curve in panel.curves]
-    found = [value for curve in curves for part in (curve.y, curve.low or (), curve.high or ()) for value in part]
-    found = [value for value in found if math.isfinite(value)] or [0.0]
-    margin = 0.06 * (max(found) - min(found)) or 0.05
-    return min(found) - margin, max(found) + margin
 
 
 def _within(panel: CurvePanel, low: float, high: float) -> CurvePanel:

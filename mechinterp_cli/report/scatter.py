@@ -1,21 +1,21 @@
 """Two runs against each other: a point per row, one panel per metric, drawn by Altair and vl-convert."""
 
-import io
 from dataclasses import dataclass
+from functools import partial
 
 import altair as alt
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from mechinterp_cli.report.beside import DIAGONAL, looks_of
+from mechinterp_cli.report.cells import counted
 from mechinterp_cli.report.labels import show_text
+from mechinterp_cli.report.picture import Drawing, head_lines, inline
 from mechinterp_cli.runs.compare import Comparison
 from mechinterp_cli.runs.estimators import ESTIMATOR
 from mechinterp_cli.runs.sides import Side
 
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
-"""Okabe and Ito's, which the colour-blind can tell apart; their yellow is too pale for points on white."""
-SHAPES = ("circle", "triangle-up", "square", "diamond")
 SIZE = 320
 """Pixels of a panel's side."""
 MAX_PANELS = 6
@@ -35,6 +35,8 @@ class ScatterPanel:
     """`[points]`, the kind of site, the checkpoint or the estimator: what colours tell apart."""
     a: npt.NDArray[np.float64]
     b: npt.NDArray[np.float64]
+    places: tuple[str, ...]
+    """`[points]`, where each is."""
 
     @property
     def domain(self) -> tuple[float, float]:
@@ -77,9 +79,11 @@ def build_scatter(comparison: Comparison) -> Scatter:
         shown = part.iloc[np.argsort(sizes, kind="stable")[-MAX_POINTS:]]
         a, b = shown["a"].to_numpy(), shown["b"].to_numpy()
         sites = shown[kind].to_numpy(dtype=object)
-        panels.append(ScatterPanel(title=metric, column=str(part["column"].iloc[0]), sites=sites, a=a, b=b))
+        places = tuple(comparison.where(row) for row in shown.to_dict("records"))
+        column = str(part["column"].iloc[0])
+        panels.append(ScatterPanel(title=metric, column=column, sites=sites, a=a, b=b, places=places))
     if left := len(metrics[MAX_PANELS:]):
-        lines.append(f"{left} more {'metric is' if left == 1 else 'metrics are'} in the table alone")
+        lines.append(f"{counted(left, 'more metric is', 'more metrics are')} in the table alone")
     kinds = tuple(dict.fromkeys(rows[kind]))
     return Scatter(title="A against B", lines=tuple(lines), kinds=kinds, panels=tuple(panels))
 
@@ -95,7 +99,7 @@ def _coloured_by(rows: pd.DataFrame) -> str:
 def _about(side: Side) -> str:
     model = side.manifest.model
     several = model.get("checkpoints")
-    moment = f"{len(several)} checkpoints" if several else model.get("revision")
+    moment = counted(len(several), "checkpoint") if several else model.get("revision")
     words = [side.path.resolve().name, model.get("id"), moment, model.get("dtype")]
     words += [side.section.get("direction"), side.section.get("source")]
     return ", ".join(str(word) for word in words if word is not None)
@@ -103,16 +107,8 @@ def _about(side: Side) -> str:
 
 def chart(scatter: Scatter) -> alt.ConcatChart:
     """The picture as a Vega-Lite chart."""
-    title = alt.TitleParams(
-        show_text(scatter.title),
-        subtitle=[show_text(line) for line in scatter.lines],
-        anchor="start",
-        fontSize=15,
-        subtitleFontSize=11,
-        subtitleColor="#444444",
-        subtitleLineHeight=15,
-        offset=12,
-    )
+    room = min(ACROSS, max(1, len(scatter.panels))) * (SIZE + 80)
+    title = head_lines(scatter.title, scatter.lines, room)
     last = min(ACROSS, len(scatter.panels)) - 1
     panels = [_panel(panel, scatter.kinds, with_legend=i == last) for i, panel in enumerate(scatter.panels)]
     whole = alt.concat(*panels, columns=ACROSS, title=title, spacing=24).resolve_scale(color="independent")
@@ -127,9 +123,7 @@ def render_png(scatter: Scatter, *, scale: float = 2.0) -> bytes:
         scatter: What to draw.
         scale: Pixels per unit.
     """
-    buffer = io.BytesIO()
-    chart(scatter).save(buffer, format="png", scale_factor=scale)
-    return buffer.getvalue()
+    return Drawing(partial(chart, scatter)).png(scale=scale)
 
 
 def _panel(panel: ScatterPanel, kinds: tuple[str, ...], *, with_legend: bool) -> alt.LayerChart:
@@ -138,19 +132,13 @@ def _panel(panel: ScatterPanel, kinds: tuple[str, ...], *, with_legend: bool) ->
     axis = alt.Axis(format=".2~g", tickCount=6)
     x = alt.X("a:Q", scale=scale, axis=axis, title=f"A, {panel.column}")
     y = alt.Y("b:Q", scale=scale, axis=axis, title=f"B, {panel.column}")
-    legend = alt.Legend(title=None, symbolOpacity=1) if with_legend else None
-    names = [show_text(kind) for kind in kinds]
-    colours = [COLOURS[i % len(COLOURS)] for i in range(len(kinds))]
-    # Beyond the colours there are, kinds differ by shape.
-    shapes = [SHAPES[i // len(COLOURS) % len(SHAPES)] for i in range(len(kinds))]
-    colour = alt.Color("site:N", scale=alt.Scale(domain=names, range=colours), legend=legend)
-    shape = alt.Shape("site:N", scale=alt.Scale(domain=names, range=shapes), legend=legend)
+    colour, shape = looks_of(kinds, with_legend=with_legend)
     points = [
-        {"a": float(a), "b": float(b), "site": show_text(str(site))}
-        for a, b, site in zip(panel.a, panel.b, panel.sites, strict=True)
+        {"where": show_text(place), "a": float(a), "b": float(b), "site": show_text(str(site))}
+        for a, b, site, place in zip(panel.a, panel.b, panel.sites, panel.places, strict=True)
     ]
-    line = alt.Chart(alt.InlineData(values=[{"a": low, "b": low}, {"a": high, "b": high}]))
-    diagonal = line.mark_line(color="#888888", strokeDash=[4, 3], strokeWidth=1).encode(x, y)
-    marks = alt.Chart(alt.InlineData(values=points)).mark_point(filled=True, size=36, opacity=0.75)
+    line = alt.Chart(inline([{"a": low, "b": low}, {"a": high, "b": high}]))
+    diagonal = line.mark_line(**DIAGONAL).encode(x, y)
+    marks = alt.Chart(inline(points)).mark_point(filled=True, size=36, opacity=0.75)
     layers = [diagonal, marks.encode(x, y, colour, shape)]
     return alt.LayerChart(layer=layers, width=SIZE, height=SIZE, title=show_text(panel.title))

@@ -3,8 +3,18 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from mechinterp_cli.report.cells import figure, interval, missing, probability, text
+from mechinterp_cli.report.cells import figure, interval, missing, number, probability, text
 from mechinterp_cli.report.rows import Row
+
+
+def level_of(config: Mapping[str, Any]) -> str:
+    """Of which intervals a run's tables are, in percent.
+
+    Args:
+        config: The manifest's.
+    """
+    level = (config.get("stats") or {}).get("ci")
+    return f"{100 * number(0.95 if missing(level) else level):g}"
 
 
 def certainty(row: Row) -> str:

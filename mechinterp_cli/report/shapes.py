@@ -1,12 +1,19 @@
 """What pictures of curves and of attention hold, whatever draws them."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
+
+from mechinterp_cli.report.behind import Behind
+
+REACH, TYPICAL = 1.0, 4
+"""Intervals are drawn up to so many heights of the lines beyond them, or so many times as far as a quarter of them
+stays within: of a few prompts some may be a hundred times as long as others, and would press all else together."""
+CUT = "Intervals go on beyond the axis where they meet it."
 
 
 class Picture(Protocol):
@@ -35,6 +42,8 @@ class Curve:
     low: tuple[float, ...] | None = None
     """Lower edge of the band, where there is one."""
     high: tuple[float, ...] | None = None
+    behind: tuple[Behind, ...] = ()
+    """What stands behind each point; empty where that is no more than the band."""
     look: Literal["marked", "line", "dots", "reference"] = "marked"
     """A line with marks at its points, without them, marks alone, or what others are held against: thin, grey, dashed
     and without a band."""
@@ -80,6 +89,8 @@ class Dot:
     value: float
     low: float = math.nan
     high: float = math.nan
+    behind: Behind = field(default_factory=dict)
+    """What else stands behind it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,22 +138,64 @@ class Histogram:
     """Panels in a row."""
 
 
-def y_range(panels: Sequence[CurvePanel]) -> tuple[float, float]:
-    """A range that holds every line and band of some panels, 0, and a margin.
+def y_range(panels: Sequence[CurvePanel], *, zero: bool = True) -> tuple[float, float]:
+    """A range that holds every line of some panels, bands that are not far longer than others, and a margin.
 
     Args:
         panels: One, or those that are to be compared.
+        zero: Whether 0 is in it.
     """
-    found = [value for panel in panels for curve in panel.curves for value in _heights(curve) if math.isfinite(value)]
-    low, high = min([*found, 0.0]), max([*found, 0.0])
-    margin = 0.06 * (high - low) or 1.0
+    curves = [curve for panel in panels for curve in panel.curves]
+    lines = _finite(value for curve in curves for value in curve.y)
+    lows, highs = edges(panels)
+    if not zero and not lines:
+        return -0.05, 0.05
+    low, high = reached([*lines, 0.0] if zero else lines, _finite(lows), _finite(highs))
+    margin = 0.06 * (high - low) or (1.0 if zero else 0.05)
+    if not zero:
+        return low - margin, high + margin
     return (low - margin if low < 0 else low), (high + margin if high > 0 or low == 0 else high)
 
 
-def _heights(curve: Curve) -> Iterator[float]:
-    yield from curve.y
-    yield from curve.low or ()
-    yield from curve.high or ()
+def edges(panels: Sequence[CurvePanel]) -> tuple[list[float], list[float]]:
+    """Lower and upper ends of all bands; NaN where a curve has none."""
+    curves = [curve for panel in panels for curve in panel.curves if curve.look != "reference"]
+    return [end for curve in curves for end in curve.low or ()], [end for curve in curves for end in curve.high or ()]
+
+
+def _finite(values: Iterable[float]) -> list[float]:
+    return [value for value in values if math.isfinite(value)]
+
+
+def reached(core: Sequence[float], lows: Sequence[float], highs: Sequence[float]) -> tuple[float, float]:
+    """From where to where a picture goes: all of the core, and intervals unless they are far longer than others.
+
+    Args:
+        core: What has to be seen, one number at least.
+        lows: Lower ends of intervals.
+        highs: Their upper ends.
+    """
+    low, high = min(core), max(core)
+    below, above = _beyond([low - end for end in lows], high - low), _beyond([end - high for end in highs], high - low)
+    return low - below, high + above
+
+
+def _beyond(overs: Sequence[float], height: float) -> float:
+    """How far beyond the core intervals are drawn."""
+    lengths = sorted(max(0.0, over) for over in overs) or [0.0]
+    usual = max(REACH * height, TYPICAL * lengths[len(lengths) // 4])
+    return min(lengths[-1], usual or lengths[-1])
+
+
+def leaves(ends: tuple[float, float], lows: Iterable[float], highs: Iterable[float]) -> bool:
+    """Whether an interval goes beyond a range.
+
+    Args:
+        ends: The range.
+        lows: Lower ends of intervals; NaN where there is none.
+        highs: Their upper ends.
+    """
+    return any(low < ends[0] for low in lows) or any(high > ends[1] for high in highs)
 
 
 @dataclass(frozen=True, kw_only=True)

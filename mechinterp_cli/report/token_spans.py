@@ -7,9 +7,10 @@ from collections.abc import Iterator, Sequence
 import pandas as pd
 from rich.console import Group
 
-from mechinterp_cli.report.cells import figure, interval, missing, number, text
+from mechinterp_cli.report.cells import counted, counted_between, figure, interval, missing, number, text
 from mechinterp_cli.report.rows import Row, distinct, having, records
-from mechinterp_cli.report.shapes import Dot, DotPanel, Dots
+from mechinterp_cli.report.series import dot_of
+from mechinterp_cli.report.shapes import DotPanel, Dots
 from mechinterp_cli.report.tables import Column, line, text_table
 from mechinterp_cli.report.tokens import NAMES, SHARES, unit_of
 
@@ -60,13 +61,14 @@ def span_table(rows: pd.DataFrame, metric: str, *, width: int, plain: bool) -> I
         yield text_table(cells, order, lines=heading, width=width, plain=plain)
 
 
-def span_dots(rows: pd.DataFrame, metric: str, about: Sequence[str]) -> Dots | None:
+def span_dots(rows: pd.DataFrame, metric: str, about: Sequence[str], level: str = "95") -> Dots | None:
     """The same as a picture: a panel per unit, a colour per estimator.
 
     Args:
         rows: The table `input_spans`, of one checkpoint; may be empty.
         metric: Which metric.
         about: What stands in the subtitle.
+        level: Of intervals, in percent.
 
     Returns:
         None where there is no span.
@@ -74,25 +76,22 @@ def span_dots(rows: pd.DataFrame, metric: str, about: Sequence[str]) -> Dots | N
     found = _spans(rows, metric)
     panels = []
     for names in ([name for name in found if name not in SHARES], [name for name in found if name in SHARES]):
-        dots = [_dot(name, row) for name in names for row in found[name][:MAX_SPANS]]
+        dots = [
+            dot_of(text(row["span"]), NAMES.get(name, name), row, "mean")
+            for name in names
+            for row in found[name][:MAX_SPANS]
+        ]
         if dots:
             panels.append(DotPanel(title="", x_title=unit_of(names[0], metric), dots=tuple(dots)))
     if not panels:
         return None
-    counts = sorted({int(number(row["n"])) for part in found.values() for row in part})
-    n = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else f"{counts[0]}"
-    caption = f"Dots: sums over a span's tokens, means over {n} prompts; bars: intervals. 0: the span counts nothing."
+    n = counted_between((row["n"] for part in found.values() for row in part), "prompt")
+    caption = f"Dots: sums over a span's tokens, means over {n}; bars: {level} % intervals. 0: the span counts nothing."
     return Dots(
         title=f"What spans of the prompt count for {metric}",
         lines=tuple(filter(None, (", ".join(filter(None, about)), caption))),
         panels=tuple(panels),
     )
-
-
-def _dot(name: str, row: Row) -> Dot:
-    ends = (number(row["ci_low"]), number(row["ci_high"]))
-    value = number(row["mean"])
-    return Dot(name=text(row["span"]), series=NAMES.get(name, name), value=value, low=ends[0], high=ends[1])
 
 
 def completeness_lines(rows: pd.DataFrame, metric: str, *, plain: bool) -> Iterator[Group]:
@@ -111,7 +110,7 @@ def completeness_lines(rows: pd.DataFrame, metric: str, *, plain: bool) -> Itera
             middle, most = (_percent(error) for error in (statistics.median(errors), max(errors)))
             said = (
                 f"{NAMES.get(name, name)}: sums over tokens miss M(input) - M(baseline) by {middle} of it at the "
-                f"median prompt and {most} at most, of {len(errors)} prompts"
+                f"median prompt and {most} at most, of {counted(len(errors), 'prompt')}"
             )
             yield Group(line(said, plain))
 

@@ -6,9 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 import pandas as pd
 from rich.console import Group
 
-from mechinterp_cli.report.cells import figure, number
+from mechinterp_cli.report.cells import counted, counted_between, figure, number
 from mechinterp_cli.report.checkpoints import Checkpoints
 from mechinterp_cli.report.scores import head_name, look_of, of_score, strongest_heads
+from mechinterp_cli.report.series import curve_of
 from mechinterp_cli.report.shapes import Curve, CurvePanel, Curves
 from mechinterp_cli.report.tables import Column, text_table
 from mechinterp_cli.report.terminal import describe_place
@@ -59,6 +60,7 @@ def score_curves(
     checkpoints: Checkpoints,
     scores: Sequence[str],
     about: Sequence[str],
+    level: str = "95",
 ) -> Curves | None:
     """The strongest heads' scores against training, and below them the in-context loss.
 
@@ -68,6 +70,7 @@ def score_curves(
         checkpoints: The run's.
         scores: Which scores, the most important first.
         about: What stands in the subtitle.
+        level: Of intervals, in percent.
 
     Returns:
         None where there is no number at all.
@@ -82,8 +85,10 @@ def score_curves(
         panels.append(CurvePanel(title="in-context loss", y_title="nats per token", curves=curves))
     if not panels:
         return None
-    left_out = f"{len(scores) - MAX_SCORES} more scores are in the table alone." if len(scores) > MAX_SCORES else ""
-    caption = f"Heads are the {LINES} strongest at the last checkpoint; bands are intervals over sequences."
+    left = counted(len(scores) - MAX_SCORES, "more score is", "more scores are")
+    left_out = f"{left} in the table alone." if len(scores) > MAX_SCORES else ""
+    over = counted_between(rows["n"], "sequence") or "sequences"
+    caption = f"Heads are the {LINES} strongest at the last checkpoint. Bands: {level} % intervals over {over}."
     return Curves(
         title="Scores of heads along training",
         lines=tuple(filter(None, (", ".join(filter(None, about)), caption, left_out))),
@@ -117,8 +122,7 @@ def _head_curve(
     x: tuple[float | str, ...],
 ) -> Curve:
     rows = [along.get((head, name), {}) for name in checkpoints.names]
-    y, low, high = (tuple(number(row.get(name)) for row in rows) for name in ("value", "ci_low", "ci_high"))
-    return Curve(name=f"head {head}", x=x, y=y, low=low, high=high)
+    return curve_of(f"head {head}", rows, x, "value")
 
 
 def trial_curves(
@@ -129,6 +133,7 @@ def trial_curves(
     quantity: str,
     about: Sequence[str],
     named: Callable[[Mapping[str, object], Mapping[str, Sequence[str]]], str] = describe_place,
+    level: str = "95",
 ) -> Curves:
     """The strongest trials' effect against training.
 
@@ -140,6 +145,7 @@ def trial_curves(
         quantity: `normalized` or `effect`.
         about: What stands in the subtitle.
         named: What a trial is called, of its row and the tokens.
+        level: Of intervals, in percent.
     """
     x_title, x = axis(checkpoints)
     curves = []
@@ -148,11 +154,12 @@ def trial_curves(
         same = everywhere[everywhere["trial"] == row["trial"]]
         at = {str(other["checkpoint"]): other for other in same.to_dict("records")}
         rows = [at.get(name, {}) for name in checkpoints.names]
-        y, low, high = (tuple(number(other.get(name)) for other in rows) for name in (quantity, "ci_low", "ci_high"))
-        curves.append(Curve(name=named(row, tokens), x=x, y=y, low=low, high=high))
+        curves.append(curve_of(named(row, tokens), rows, x, quantity))
+    over = counted_between(everywhere["n"], "prompt") if "n" in everywhere else "prompts"
+    caption = f"The strongest at the last checkpoint. Bands: {level} % intervals over {over}."
     return Curves(
         title="Effect of the strongest trials along training",
-        lines=tuple(filter(None, (", ".join(filter(None, about)), "Strongest at the last checkpoint."))),
+        lines=tuple(filter(None, (", ".join(filter(None, about)), caption))),
         x_title=x_title,
         panels=(
             CurvePanel(

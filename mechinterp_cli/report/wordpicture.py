@@ -8,14 +8,12 @@ import numpy as np
 
 from mechinterp_cli.report.grid import ColourScale
 from mechinterp_cli.report.labels import show_text, show_token
-from mechinterp_cli.report.picture import COLOURS, Chart, Drawing, Rows, head_lines
+from mechinterp_cli.report.picture import COLOURS, Chart, Drawing, Rows, head_lines, ink_on
 from mechinterp_cli.report.wordgrid import LETTER, LONGEST, ROOM, WordGrid, WordPanel, cell_pixels
 
 LOW, HIGH = 18, 30
 """Height of a cell with a word alone, and with a number below it."""
 LABEL_ROOM, LEGEND_ROOM = 150, 110
-DARK = 0.8
-"""From this share of the full colour on, letters are white."""
 
 
 def drawing(grid: WordGrid) -> Drawing:
@@ -110,5 +108,5 @@ def _cell(panel: WordPanel, scale: ColourScale, row: int, column: int) -> dict[s
         "word": show_token(panel.words[row][column], longest=LONGEST),
         "number": panel.numbers[row][column],
         "value": value if known else None,
-        "ink": "#ffffff" if known and abs(scale.share(value)) > DARK else "#000000",
+        "ink": ink_on(scale.share(value)) if known else "#000000",
     }

@@ -14,6 +14,7 @@ each other would make any two sweeps look alike. So they are in no mean, correla
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -82,12 +83,13 @@ class Comparison:
 
     def where(self, row: Any) -> str:
         """A row's place in words; with its template, its checkpoint and its estimator where there are several."""
-        several = [name for name in ("template", "checkpoint", ESTIMATOR) if self._several(name)]
-        more = [f"{name} {row[name]}" for name in several if not pd.isna(row[name])]
+        more = [f"{name} {row[name]}" for name in self._several if not pd.isna(row[name])]
         return ", ".join([str(row["label"]), *more])
 
-    def _several(self, name: str) -> bool:
-        return name in self.rows and self.rows[name].nunique() > 1
+    @cached_property
+    def _several(self) -> list[str]:
+        named = [name for name in ("template", "checkpoint", ESTIMATOR) if name in self.rows]
+        return [name for name in named if self.rows[name].nunique() > 1]
 
     def check(self, limit: float) -> None:
         """Refuse differences above a limit, and rows that have a number in one run alone.
