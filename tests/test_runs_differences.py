@@ -1,11 +1,14 @@
 """A number that moved is found and named, and nothing else is."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pyarrow as pa
 import pytest
 
+import mechinterp_cli.methods.attribute.columns
+import mechinterp_cli.methods.circuit.columns  # noqa: F401  the tables' columns are registered there
 from mechinterp_cli.runs.differences import TOLERANCES, Tolerance, table_differences
 from mechinterp_cli.runs.schema import table_keys, table_schema, validate
 
@@ -84,6 +87,34 @@ def test_statistics_of_the_same_numbers_must_be_the_same(cells: dict[str, Any]) 
     assert table_differences("summary", summary(**noise), summary(**noise, **cells), FINE) == []
     far = {"effect": 1.1, **cells}
     assert [d.column for d in table_differences("summary", summary(), summary(**far), FINE)] == ["effect"]
+
+
+def verification(**cells: Any) -> pa.Table:
+    row = {"estimator": "atp", "metric": "kl", "site": "q", "part": "random", "nodes": 8, "rows": 4}
+    return validate("verification", [row | {"pearson": 0.9, "spearman": 0.8} | cells], "attribute")
+
+
+def edges(**cells: Any) -> pa.Table:
+    row = {"score": "eap", "metric": "kl", "edge": 1, "source": "embed", "target": "a0.h1.q", "input": "q"}
+    return validate("edges", [row | {"signed": 5, "absolute": 6} | cells], "circuit")
+
+
+@pytest.mark.parametrize(
+    ("table", "make", "measured", "cells"),
+    [
+        ("verification", verification, "mean_difference", {"pearson": 0.7}),
+        ("verification", verification, "mean_difference", {"spearman": 0.7}),
+        ("edges", edges, "value", {"signed": 4}),
+        ("edges", edges, "value", {"absolute": 7}),
+    ],
+)
+def test_the_order_of_next_to_nothing_may_change_and_that_of_other_numbers_may_not(
+    table: str, make: Callable[..., pa.Table], measured: str, cells: dict[str, Any]
+) -> None:
+    """On another processor the last bits are others, and they alone order numbers that are all rounding."""
+    noise = table_differences(table, make(**{measured: 1e-8}), make(**{measured: 2e-8}, **cells), FINE)
+    numbers = table_differences(table, make(**{measured: 0.5}), make(**{measured: 0.5}, **cells), FINE)
+    assert (noise, [found.column for found in numbers]) == ([], list(cells))
 
 
 def test_lists_of_tokens_are_compared() -> None:

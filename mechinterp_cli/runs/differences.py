@@ -15,11 +15,13 @@ from mechinterp_cli.runs.schema import table_keys
 INFERRED = frozenset(
     {"ci_low", "ci_high", "cluster_low", "cluster_high", "difference_low", "difference_high"}
     | {"ci_method", "p", "p_adjusted", "p_method", "verdict"}
+    | {"pearson", "spearman", "signed", "absolute"}
 )
 """What statistics make of the numbers. Compared where the effect is the same to the last bit and beyond the tolerance:
-elsewhere a sign that rounding turned can tip a p-value, and the numbers themselves are what counts."""
+elsewhere a sign that rounding turned can tip a p-value, and rounding alone decides how numbers that are next to nothing
+are correlated, and which of two comes first. The numbers themselves are what counts."""
 
-MEASURED = ("effect", "value", "mean", "difference", "score", "statistic")
+MEASURED = ("effect", "value", "mean", "difference", "score", "statistic", "mean_difference")
 """What a table's statistics are of: the first of these that it has as numbers."""
 
 
