@@ -6,51 +6,29 @@ results are float64 (float32 on devices that have no float64). Float64 logits ar
 
 An answer may be a set of tokens: its logit is then the log-sum-exp of the set's logits, its probability their sum.
 A row of logits that holds a NaN anywhere gives NaN in every metric.
+
+Unless a metric says otherwise it may look at every token's logit. Where all metrics of a run look at answers and wrong
+answers alone, these tokens' logits are all that has to be computed (`Measurer.tokens`, `Measurer.on_columns`).
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechinterp_cli.errors import UserError
 from mechinterp_cli.tasks.prompts import Prompt
 from mechinterp_cli.tasks.registry import tasks_with_answers
+from mechinterp_cli.token_sets import TokenSets
 
 ROWS_PER_CHUNK = 64
-"""Rows measured at once: temporaries stay near 13 MB each at 49,152 tokens."""
-
-
-@dataclass(frozen=True)
-class TokenSets:
-    """One set of token ids per prompt, padded to the largest set."""
-
-    ids: Int[Tensor, "prompts size"]
-    """Padding is 0 and is masked."""
-    mask: Bool[Tensor, "prompts size"]
-
-    @classmethod
-    def of(cls, sets: Sequence[Sequence[int]], device: torch.device) -> "TokenSets":
-        """Pads the sets; an empty set has no true entry in its mask."""
-        size = max((len(tokens) for tokens in sets), default=0)
-        rows = [[*tokens, *[0] * (size - len(tokens))] for tokens in sets]
-        masks = [[i < len(tokens) for i in range(size)] for tokens in sets]
-        shape = (len(sets), size)
-        return cls(
-            torch.tensor(rows, dtype=torch.long, device=device).reshape(shape),
-            torch.tensor(masks, dtype=torch.bool, device=device).reshape(shape),
-        )
-
-    def at(self, prompt_index: Int[Tensor, " items"]) -> "TokenSets":
-        """The sets of the items' prompts."""
-        return TokenSets(self.ids[prompt_index], self.mask[prompt_index])
-
-    def gather(self, logits: Float[Tensor, "items vocab"]) -> Float[Tensor, "items size"]:
-        """The sets' logits, minus infinity at the padding."""
-        return logits.gather(1, self.ids).masked_fill(~self.mask, -torch.inf)
+"""Rows of a whole vocabulary measured at once: temporaries stay near 13 MB each at 49,152 tokens."""
+WIDTH_OF_CHUNK = 8192
+"""Of some tokens' logits so many times more rows are measured at once as these tokens fit into this many."""
 
 
 @dataclass(frozen=True)
@@ -155,6 +133,8 @@ class Metric:
     """Single prompts' denominators are often 0, so the mean of ratios is refused."""
     differentiable: bool = True
     """Whether it has a gradient; a count has none."""
+    whole_vocabulary: bool = True
+    """Whether it looks at other tokens' logits than those of answers and wrong answers."""
 
 
 METRICS: dict[str, Metric] = {}
@@ -170,7 +150,7 @@ def _metric(label: str, **facts: bool) -> Callable[[MetricFunction], MetricFunct
     return register
 
 
-@_metric("logit difference", needs_wrong=True)
+@_metric("logit difference", needs_wrong=True, whole_vocabulary=False)
 def logit_diff(readout: Readout) -> Float[Tensor, " items"]:
     """Log-sum-exp of the answer's logits minus that of the wrong answer's (log odds, in nats).
 
@@ -282,16 +262,34 @@ class Measurer:
         check_prompts(self.metrics, prompts)
         if reference_logits is None and any(metric.needs_reference for metric in self.metrics):
             raise ValueError("kl needs the clean stream's logits")
-        device = torch.device(device)
+        self.device = device = torch.device(device)
         self._answer = TokenSets.of([prompt.answer for prompt in prompts], device)
         self._wrong = TokenSets.of([prompt.wrong_answer for prompt in prompts], device)
         self._reference = None if reference_logits is None else Reference.of(reference_logits.detach().to(device))
         self._largest_id = max((token for p in prompts for token in (*p.answer, *p.wrong_answer)), default=0)
+        self._rows = ROWS_PER_CHUNK
 
     @property
     def names(self) -> tuple[str, ...]:
         """Names of the columns that a call gives."""
         return tuple(metric.name for metric in self.metrics)
+
+    def tokens(self, prompts: Int[Tensor, " prompts"]) -> Int[Tensor, " tokens"] | None:
+        """Ids whose logits are all that is looked at on some prompts, in order; None where it may be any."""
+        if any(metric.whole_vocabulary for metric in self.metrics):
+            return None
+        return torch.cat([sets.at(prompts).tokens() for sets in (self._answer, self._wrong)]).unique()
+
+    def on_columns(self, tokens: Int[Tensor, " tokens"]) -> "Measurer":
+        """The same metrics of logits [items, tokens] that hold these tokens alone: ids in order, on the device.
+
+        Only prompts whose `tokens` are among them may be measured.
+        """
+        narrow = copy(self)
+        narrow._answer, narrow._wrong = self._answer.among(tokens), self._wrong.among(tokens)
+        narrow._largest_id, narrow._reference = 0, None
+        narrow._rows = ROWS_PER_CHUNK * max(1, WIDTH_OF_CHUNK // len(tokens))
+        return narrow
 
     @torch.no_grad()
     def __call__(
@@ -331,10 +329,10 @@ class Measurer:
         return torch.cat(chunks) if chunks else empty
 
     def _readouts(self, logits: Tensor, prompt_index: Tensor) -> Iterator[Readout]:
-        for start in range(0, len(logits), ROWS_PER_CHUNK):
-            index = prompt_index[start : start + ROWS_PER_CHUNK]
+        for start in range(0, len(logits), self._rows):
+            index = prompt_index[start : start + self._rows]
             targets = Targets(index, self._answer.at(index), self._wrong.at(index), self._reference)
-            yield Readout(at_least_float32(logits[start : start + ROWS_PER_CHUNK]), targets)
+            yield Readout(at_least_float32(logits[start : start + self._rows]), targets)
 
     def _columns(self, readout: Readout) -> Tensor:
         return torch.stack([metric.function(readout) + readout.poison for metric in self.metrics], dim=-1)

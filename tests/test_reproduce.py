@@ -1,14 +1,14 @@
 """A repeated run says whether a number moved, and which."""
 
 import json
-import os
-import subprocess
-import sys
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
+import torch
 
 from mechinterp_cli.cli.main import main
 from mechinterp_cli.runs import environment
@@ -23,11 +23,16 @@ SITES = [
 ]
 
 
+@pytest.fixture(scope="module")
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return run_patch(tmp_path_factory.mktemp("made"), {"sites": SITES}, metrics=["logit_diff", "prob"]).path
+
+
 @pytest.fixture
-def recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A complete run, and a folder to work in."""
+def recorded(made_once: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A complete run of one's own, and a folder to work in."""
     monkeypatch.chdir(tmp_path)
-    return run_patch(tmp_path, {"sites": SITES}, metrics=["logit_diff", "prob"]).path
+    return shutil.copytree(made_once, tmp_path / "runs" / made_once.name)
 
 
 Reproduce = Callable[..., tuple[int, str, list[str]]]
@@ -73,7 +78,7 @@ def test_the_recorded_plan_is_used_again(recorded: Path, reproduce: Reproduce) -
     manifest = Manifest.read(recorded)
     (unit, *_) = manifest.engine["parts"][0]["plan"]["units"]
     halves = [{"bucket": 0, "trials": unit["trials"][:5]}, {"bucket": 0, "trials": unit["trials"][5:]}]
-    manifest.engine["parts"][0]["plan"] = {"executor": "resume", "rows_per_call": 7, "units": halves}
+    manifest.engine["parts"][0]["plan"] = {"executor": "resume", "rows_per_call": 7, "units": halves, "columns": None}
     manifest.write(recorded)
     code, out, err = reproduce()
     assert (code, [line for line in err if " was " in line]) == (0, [])
@@ -204,19 +209,31 @@ def test_what_cannot_be_repeated_is_said(recorded: Path, reproduce: Reproduce, d
     assert wanted[1] in next(line for line in err if line.startswith("error: "))
 
 
-def test_one_thread_and_two_threads_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """As many threads as another machine might use."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_one_thread_and_two_threads_agree(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
     config_of(tmp_path, {"sites": SITES}, task={"name": "induction", "n": 64, "block": 12, "prefix": 4})
-
-    def call(threads: int, *arguments: str) -> "subprocess.CompletedProcess[str]":
-        environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-        command = [sys.executable, "-m", "mechinterp_cli", *arguments]
-        return subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-
-    one = Path(call(1, "patch", "experiment.yaml", "--quiet").stdout.strip())
+    with threads(1):
+        assert main(["patch", "experiment.yaml", "--quiet"]) == 0
+    one = Path(capfd.readouterr().out.strip())
     assert Manifest.read(one).hardware["threads"] == 1
-    two = call(2, "reproduce", str(one), "--out", "two")
-    assert "not as recorded: threads: 1 -> 2" in two.stderr
-    assert "reproduced: no number moved beyond atol 0.0001" in two.stderr
-    assert Manifest.read(Path(two.stdout.strip())).hardware["threads"] == 2
-    assert file_info(one / "prompts.parquet").sha256 == file_info(Path(two.stdout.strip()) / "prompts.parquet").sha256
+    with threads(2):
+        assert main(["reproduce", str(one), "--out", "two"]) == 0
+    out, err = capfd.readouterr()
+    two = Path(out.strip())
+    assert "not as recorded: threads: 1 -> 2" in err
+    assert "reproduced: no number moved beyond atol 0.0001" in err
+    assert Manifest.read(two).hardware["threads"] == 2
+    assert file_info(one / "prompts.parquet").sha256 == file_info(two / "prompts.parquet").sha256

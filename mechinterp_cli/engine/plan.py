@@ -79,11 +79,12 @@ class Cost:
 
 @dataclass(frozen=True)
 class Plan:
-    """Executor, sizes and units of a run."""
+    """Executor, sizes and units of a run, and of how many tokens the logits are computed: None for all."""
 
     executor: str
     rows_per_call: int
     units: tuple[Unit, ...]
+    columns: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The plan as the manifest holds it."""
@@ -93,7 +94,8 @@ class Plan:
     def from_json(cls, data: Mapping[str, Any]) -> "Plan":
         """The plan that a manifest holds."""
         units = tuple(Unit(int(unit["bucket"]), tuple(map(int, unit["trials"]))) for unit in data["units"])
-        return cls(str(data["executor"]), int(data["rows_per_call"]), units)
+        columns = data.get("columns")  # plans of older runs compute all logits
+        return cls(str(data["executor"]), int(data["rows_per_call"]), units, None if columns is None else int(columns))
 
     def fits(self, works: Sequence[Work]) -> bool:
         """Whether its units hold every trial of every bucket once."""
@@ -121,8 +123,16 @@ def trial_rows(trial: Trial, length: int, *, packed: bool) -> int:
     return sum(max(0, length - trial.start(prompt)) for prompt in trial.prompts)
 
 
-def cost(model: nn.Module, anatomy: Anatomy, work: Work, executor: str) -> Cost:
-    """Rows, FLOPs (two per weight and row, attention, unembedding) and bytes of one bucket's trials."""
+def cost(model: nn.Module, anatomy: Anatomy, work: Work, executor: str, columns: int | None = None) -> Cost:
+    """Rows, FLOPs (two per weight and row, attention, unembedding) and bytes of one bucket's trials.
+
+    Args:
+        model: The model.
+        anatomy: Its anatomy.
+        work: Prompts and trials.
+        executor: `packed`, `resume` or `hooks`.
+        columns: Of how many tokens the logits are computed; None for all.
+    """
     bucket, packed = work.bucket, executor == "packed"
     per_row = 2 * layer_parameters(model, anatomy)
     heads = next((layer.heads for layer in anatomy.layers if layer.heads), None)
@@ -135,7 +145,7 @@ def cost(model: nn.Module, anatomy: Anatomy, work: Work, executor: str) -> Cost:
         rows, row_layers = rows + n, row_layers + n * max(0, anatomy.n_layers - first)
         items += len(trial.prompts)
     streams = len(bucket.tokens) * bucket.size * bucket.length * anatomy.n_layers
-    unembed = 2.0 * anatomy.vocab_size * anatomy.d_model * items * bucket.read.shape[1]
+    unembed = 2.0 * (columns or anatomy.vocab_size) * anatomy.d_model * items * bucket.read.shape[1]
     flops = per_row * (row_layers + streams) + unembed
     return Cost(len(work.trials), rows, row_layers, items, flops, rows * anatomy.d_model * itemsize(model))
 

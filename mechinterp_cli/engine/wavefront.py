@@ -28,6 +28,7 @@ from mechinterp_cli.engine.packed_attention import (
 )
 from mechinterp_cli.errors import RunError
 from mechinterp_cli.models.anatomy import Anatomy, device_of
+from mechinterp_cli.models.head import narrow_head
 from mechinterp_cli.models.interface import AttentionCall, intercepted
 from mechinterp_cli.models.walk import LayerCall
 
@@ -47,10 +48,13 @@ class Settings:
     Args:
         rows_per_call: Rows that a layer is called on at once; 512 to 1,024 keep a CPU's caches warm.
         check_finite: Whether NaN or infinity stops the run, with the layer's name.
+        tokens: Ids of the tokens whose logits are computed, so that measures are given [n, tokens]; None for the whole
+            vocabulary. Plain hooks compute the whole vocabulary whatever it says.
     """
 
     rows_per_call: int = 1024
     check_finite: bool = True
+    tokens: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,9 +94,9 @@ def check_finite(hidden: Tensor, layer: int, what: str) -> None:
         )
 
 
-def logits_chunk(device: torch.device, vocab_size: int) -> int:
-    """Rows that are unembedded at once."""
-    return max(1, (CPU_LOGITS_BYTES if device.type == "cpu" else GPU_LOGITS_BYTES) // (vocab_size * 4))
+def logits_chunk(device: torch.device, width: int) -> int:
+    """Rows that are unembedded at once where each has so many numbers, most of them its logits."""
+    return max(1, (CPU_LOGITS_BYTES if device.type == "cpu" else GPU_LOGITS_BYTES) // (width * 4))
 
 
 class Wavefront:
@@ -112,6 +116,8 @@ class Wavefront:
         self.settings = settings or Settings()
         self.walker = anatomy.walker(model)
         self.device = device_of(model)
+        tokens = self.settings.tokens
+        self._tokens = None if tokens is None else torch.tensor(tokens, device=self.device)
         self._layer_of = layer_of(model, anatomy)
         self._handler: Callable[[AttentionCall], tuple[Tensor, Tensor | None]] | None = None
         self._activations: dict[tuple[str, Site], Tensor] = {}
@@ -137,7 +143,7 @@ class Wavefront:
             NotGatherable: The model's layers cannot be called row by row (packed only).
         """
         try:
-            with torch.no_grad(), intercepted(self.model, self._attend):
+            with torch.no_grad(), intercepted(self.model, self._attend), narrow_head(self.model, self._tokens):
                 return self._run(bucket, trials, measure, tick)
         finally:  # these hold the streams' keys, values and activations
             self._handler = None
@@ -339,13 +345,20 @@ class Wavefront:
             values[slots[:, None], group.prompts[None]] = torch.unflatten(metrics, 0, (len(group.parts), -1))
         return Values(values.cpu(), {name: x.cpu() for name, x in base.items()})
 
+    @property
+    def _width(self) -> int:
+        """Numbers of a row on its way through the model's end: its logits, or the norm's three copies of the state."""
+        if self._tokens is None:
+            return self.anatomy.vocab_size
+        return max(len(self._tokens), 3 * self.anatomy.d_model)
+
     def _metrics(self, final: Tensor, prompts: Tensor, measure: Measure) -> Tensor:
         """Metrics [items, reads, metrics] of final hidden states [items, reads, d_model]."""
         items, reads = final.shape[:2]
         flat = final.reshape(items * reads, -1)
         prompt = prompts.repeat_interleave(reads)
         read = torch.arange(reads, device=self.device).repeat(items)
-        chunk = logits_chunk(self.device, self.anatomy.vocab_size)
+        chunk = logits_chunk(self.device, self._width)
         parts = [
             measure(self.walker.unembed(flat[i : i + chunk]), prompt[i : i + chunk], read[i : i + chunk]).double()
             for i in range(0, len(flat), chunk)

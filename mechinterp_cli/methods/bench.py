@@ -6,6 +6,7 @@ from typing import Any
 
 from mechinterp_cli.config.schema import EngineOptions, memory_bytes
 from mechinterp_cli.engine.execute import Executor, executor_named
+from mechinterp_cli.engine.narrow import Head, prove_head, whole_reason
 from mechinterp_cli.engine.plan import CPU_ROWS_PER_CALL, GPU_ROWS_PER_CALL, Plan, free_memory, make_plan
 from mechinterp_cli.engine.proof import Proof, prove
 from mechinterp_cli.engine.wavefront import Settings
@@ -105,6 +106,7 @@ class Bench:
             RunError: NaN, no memory for a single trial, a file that cannot be written, or the run is another's by now.
         """
         plan, executor, record = self._proved(job)
+        job = job.planned(plan)
         prefix = self._prefix(self.part) + (f"{job.name}-" if job.name else "")
         self.stage("sweeping")
         report = self._reporter()
@@ -153,14 +155,24 @@ class Bench:
             settings=settings,
             per_kind=self.engine.proof_trials,
         )
-        plan = usable or plan_of(self.engine, self.model, job, proof.executor)
-        record: dict[str, Any] = {**key, "proof": asdict(proof), "plan": plan.to_json(), "halved": []}
+        head = self._head(job, proof, usable, settings)
+        plan = replace(usable or plan_of(self.engine, self.model, job, proof.executor), columns=head.columns)
+        record = {**key, "proof": asdict(proof), "head": asdict(head), "plan": plan.to_json(), "halved": []}
         self._put(key, record)
         self.run.save()
         for warning in _proof_warnings(self.model.source.dtype, proof):
             self.warn(warning)
-        settings = replace(settings, rows_per_call=plan.rows_per_call)
+        tokens = None if plan.columns is None else job.tokens
+        settings = replace(settings, rows_per_call=plan.rows_per_call, tokens=tokens)
         return plan, executor_named(proof.executor, self.model.model, self.model.anatomy, settings), record
+
+    def _head(self, job: Job, proof: Proof, recorded: Plan | None, settings: Settings) -> Head:
+        """Whether some tokens' logits are computed alone: a recorded plan is not made narrower than it was."""
+        model, anatomy = self.model.model, self.model.anatomy
+        if recorded is not None and recorded.columns is None:
+            reason = whole_reason(model, anatomy, job.tokens, proof.executor)
+            return Head(None, anatomy.vocab_size, reason=reason or "the recorded plan computes all logits")
+        return prove_head(model, anatomy, job.works, job.tokens, proof, settings)
 
 
 def _is(part: dict[str, Any], key: dict[str, Any]) -> bool:

@@ -7,6 +7,7 @@ import torch
 
 from mechinterp_cli.config.schema import EngineOptions
 from mechinterp_cli.engine.execute import EXECUTORS
+from mechinterp_cli.engine.narrow import whole_reason
 from mechinterp_cli.engine.plan import cost
 from mechinterp_cli.engine.proof import unfit
 from mechinterp_cli.methods.bench import plan_of
@@ -19,7 +20,10 @@ def cost_of(engine: EngineOptions, model: LoadedModel, job: Job) -> dict[str, An
     """Executor, trials, units, rows, FLOPs, bytes and seconds of a job; one matrix product is timed."""
     candidates = EXECUTORS if engine.executor == "auto" else (engine.executor,)
     executor = next((name for name in candidates if unfit(name, model.anatomy) is None), candidates[-1])
-    costs = [cost(model.model, model.anatomy, work, executor) for work in job.works]
+    tokens = job.tokens
+    whole = tokens is None or whole_reason(model.model, model.anatomy, tokens, executor) is not None
+    columns = None if tokens is None or whole else len(tokens)
+    costs = [cost(model.model, model.anatomy, work, executor, columns) for work in job.works]
     total = sum(costs[1:], costs[0])
     return {
         "executor": f"{executor}, if it proves itself",

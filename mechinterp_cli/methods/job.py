@@ -1,17 +1,47 @@
 """A job: trials over prompts, as a method hands them to the engine."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
-from mechinterp_cli.engine.plan import Work
+from mechinterp_cli.engine.plan import Plan, Work
 from mechinterp_cli.engine.wavefront import Measure
+from mechinterp_cli.metrics import Measurer
 
 Floats = npt.NDArray[np.float64]
 Reduce = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class SetMeasure:
+    """The measure of a bucket whose prompts belong to a set that has its metrics.
+
+    Args:
+        measurer: Of the whole set.
+        members: By prompt of the bucket its place in the set.
+    """
+
+    measurer: Measurer
+    members: Tensor
+
+    def __call__(self, logits: Tensor, prompt: Tensor, _read: Tensor) -> Tensor:
+        """Metrics [n, metrics] of logits [n, vocab] of some prompts [n] of the bucket."""
+        return self.measurer(logits, self.members.to(prompt.device)[prompt])
+
+    @property
+    def tokens(self) -> set[int] | None:
+        """Ids whose logits are all that is looked at; None where it may be any."""
+        found = self.measurer.tokens(self.members.to(self.measurer.device))
+        return None if found is None else set(found.tolist())
+
+    def on_columns(self, tokens: Sequence[int]) -> "SetMeasure":
+        """The same of logits [n, tokens] of some tokens alone."""
+        ids = torch.tensor(tokens, device=self.measurer.device)
+        return replace(self, measurer=self.measurer.on_columns(ids))
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +70,25 @@ class Job:
     draws: int = 1
     reduces: tuple[Reduce, ...] = ()
     name: str = ""
+
+    @property
+    def tokens(self) -> tuple[int, ...] | None:
+        """Ids whose logits are all that the measures look at, in order; None where one may look at any."""
+        found: set[int] = set()
+        for measure in self.measures:
+            tokens = measure.tokens if isinstance(measure, SetMeasure) else None
+            if tokens is None:
+                return None
+            found |= tokens
+        return tuple(sorted(found))
+
+    def planned(self, plan: Plan) -> "Job":
+        """The same job, measuring the logits that the plan computes: all, or those of its `tokens` alone."""
+        tokens = self.tokens
+        if plan.columns is None or tokens is None:
+            return self
+        measures = (measure.on_columns(tokens) for measure in self.measures if isinstance(measure, SetMeasure))
+        return replace(self, measures=tuple(measures))
 
     def reduced(self, bucket: int, values: Tensor) -> Floats:
         """[..., prompts, metrics] of a bucket's [..., prompts, reads, numbers]."""

@@ -9,9 +9,9 @@ from torch import Tensor
 from mechinterp_cli.config.base import TaskOptions
 from mechinterp_cli.config.loader import LoadedConfig
 from mechinterp_cli.engine.capture import embeddings, last_logits
-from mechinterp_cli.engine.wavefront import Measure
 from mechinterp_cli.errors import UserError
 from mechinterp_cli.methods.experiment import Setting
+from mechinterp_cli.methods.job import SetMeasure
 from mechinterp_cli.metrics import Measurer, find_metric
 from mechinterp_cli.models.anatomy import device_of
 from mechinterp_cli.models.loaded import LoadedModel
@@ -148,14 +148,9 @@ class Metrics:
         measurer = Measurer(names, prompts.prompts, logits, device=device_of(model.model))
         return cls(tuple(names), measurer)
 
-    def on(self, members: Sequence[int]) -> Measure:
+    def on(self, members: Sequence[int]) -> SetMeasure:
         """The measure of a bucket whose prompts are these of the set (repeated for draws)."""
-        index = torch.tensor(members)
-
-        def measure(logits: Tensor, prompt: Tensor, _read: Tensor) -> Tensor:
-            return self.measurer(logits, index.to(prompt.device)[prompt])
-
-        return measure
+        return SetMeasure(self.measurer, torch.tensor(members))
 
     def of_stream(self, model: LoadedModel, tokens: Tensor, members: Sequence[int]) -> Tensor:
         """[prompts, metrics] of prompts of one length as they are, on the CPU.

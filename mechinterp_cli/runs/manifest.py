@@ -74,7 +74,8 @@ class Manifest:
     """Name, hash, prompt count, what was dropped, `add_bos`, `chat_template`."""
     engine: dict[str, Any] = field(default_factory=dict)
     """`parts`: of every checkpoint (null without checkpoints) and job of the engine, in the order they ran in, the
-    proof with its executor, the plan, and the units that ran where memory had them halved. A part without a job holds
+    proof with its executor, of how many tokens the logits are computed and how far these are from all of them
+    (`head`), the plan, and the units that ran where memory had them halved. A part without a job holds
     what else was proved of a model: of `heads`, how far attention patterns are from the model's own (`patterns`)."""
     determinism: dict[str, Any] = field(default_factory=dict)
     """Whether only algorithms that repeat their bits were used, and the settings that decide it."""

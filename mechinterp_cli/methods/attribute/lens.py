@@ -21,11 +21,12 @@ from mechinterp_cli.methods.bench import Bench
 from mechinterp_cli.methods.experiment import Setting
 from mechinterp_cli.methods.places import Binder
 from mechinterp_cli.methods.tables import look_up
-from mechinterp_cli.metrics import Readout, Reference, Targets, TokenSets, at_least_float32, kl, prob, rank
+from mechinterp_cli.metrics import Readout, Reference, Targets, at_least_float32, kl, prob, rank
 from mechinterp_cli.models.anatomy import device_of
 from mechinterp_cli.models.loaded import LoadedModel
 from mechinterp_cli.models.walk import forward
 from mechinterp_cli.tasks.tokenise import Encoder
+from mechinterp_cli.token_sets import TokenSets
 
 PATH = ("attribute", "lens")
 STREAM_BYTES = 256 * 2**20
