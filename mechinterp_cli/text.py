@@ -1,4 +1,4 @@
-"""Text from models, files and configs, made safe to show: terminals and pages show it, they never run it."""
+"""Text from models, files and configs, made safe to show: terminals and pages show it, they never run it; counts."""
 
 import re
 
@@ -22,3 +22,14 @@ def visible(text: str, *, lines: bool = False) -> str:
 
 def _escape(match: re.Match[str]) -> str:
     return match[0].encode("unicode_escape", "surrogatepass").decode("ascii")
+
+
+def counted(count: int, noun: str, plural: str = "") -> str:
+    """So many of something: `1 prompt`, `1,200 prompts`.
+
+    Args:
+        count: How many.
+        noun: One of them; a verb may follow it.
+        plural: Several of them, where that is not the noun and an s.
+    """
+    return f"{count:,} {noun if count == 1 else plural or f'{noun}s'}"

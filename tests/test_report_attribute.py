@@ -330,3 +330,9 @@ def test_of_checkpoints_the_last_is_shown_and_the_strongest_are_followed() -> No
     assert len(shown.headline()) == len(once.headline())
     assert np.array_equal(shown.maps[0][1].panels[0].values, once.maps[0][1].panels[0].values)
     assert len(shown.lens) == len(once.lens)
+
+
+def test_the_answer_says_how_many_nodes_were_drawn_of_how_many() -> None:
+    fake = Fake()
+    words = view(fake).answer()
+    assert f"Over {fake.random} of 400 nodes, drawn at random, Pearson with exact effects is " in words

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 from mechinterp_cli.report.behind import ALONE, behind, behind_random
-from mechinterp_cli.report.cells import between, counted, counted_between
+from mechinterp_cli.report.cells import between, counted_between
 from mechinterp_cli.report.picture import COLOURS, ink_on
 from mechinterp_cli.report.series import curve_of, dot_of, random_curve
 from mechinterp_cli.report.shapes import Curve, CurvePanel, edges, leaves, y_range
+from mechinterp_cli.text import counted
 
 ROW = {"layer": 3, "effect": 0.5, "ci_low": 0.4, "ci_high": 0.7, "p": 0.01, "p_adjusted": 0.02, "n": 12}
 

@@ -230,7 +230,7 @@ def test_folder_is_an_argument_and_an_empty_list_says_why(capfd: pytest.CaptureF
     assert main(["runs", "empty folder"]) == 0
     assert capfd.readouterr() == ("", "empty folder: no runs\n")
     assert main(["runs", "--status", "failed"]) == 0
-    assert capfd.readouterr() == ("", "runs: none of 1 runs is wanted\n")
+    assert capfd.readouterr() == ("", "runs: none of 1 run is wanted\n")
     assert listed(capfd, "empty folder") == []
 
 

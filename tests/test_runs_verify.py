@@ -105,7 +105,7 @@ def ends(capfd: pytest.CaptureFixture[str]) -> Ends:
 def test_a_good_run_is_verified_and_left_alone(run: Path, ends: Ends) -> None:
     before = {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in run.rglob("*")}
     size = sum((run / name).stat().st_size for name in FILES)
-    assert ends(run, 0) == [f"verified: {len(FILES)} files, {size} bytes"]
+    assert ends(run, 0) == [f"verified: {len(FILES)} files, {size:,} bytes"]
     assert {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in run.rglob("*")} == before
 
 

@@ -8,7 +8,7 @@ import typer
 from mechinterp_cli.cli.console import Console
 from mechinterp_cli.cli.options import Json, Quiet
 from mechinterp_cli.cli.resume import Run
-from mechinterp_cli.text import visible
+from mechinterp_cli.text import counted, visible
 
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="The folder that holds runs.")]
 Statuses = Annotated[
@@ -59,7 +59,7 @@ def runs(
     if chosen or as_json:
         console.listing([row.record() if as_json else row.cells() for row in chosen])
     else:
-        console.say(f"{folder}: none of {len(rows)} runs is wanted" if rows else f"{folder}: no runs")
+        console.say(f"{folder}: none of {counted(len(rows), 'run')} is wanted" if rows else f"{folder}: no runs")
 
 
 def _experiments(context: typer.Context) -> list[str]:
@@ -88,6 +88,6 @@ def verify(run: Run, quiet: Quiet = False, as_json: Json = False) -> None:
     if as_json:
         console.data(found.record())
     found.require_good()
-    console.say(f"verified: {found.files} files, {found.bytes} bytes")
+    console.say(f"verified: {counted(found.files, 'file')}, {counted(found.bytes, 'byte')}")
     if not as_json:
         console.result(run)

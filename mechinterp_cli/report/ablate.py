@@ -8,7 +8,7 @@ import pandas as pd
 from rich.console import Group
 
 from mechinterp_cli.report.causal import causal_curves, causal_sentences, causal_tables, unit_of
-from mechinterp_cli.report.cells import counted, figure, missing, number, text
+from mechinterp_cli.report.cells import figure, missing, number, text
 from mechinterp_cli.report.checkpoints import Checkpoints, checkpoints_of
 from mechinterp_cli.report.circuits import circuit_dots, circuit_tables
 from mechinterp_cli.report.contrasts import Contrasts, contrast_dots, contrast_tables
@@ -26,6 +26,7 @@ from mechinterp_cli.report.training import trial_curves
 from mechinterp_cli.report.trials import Judged, Trials, called, trials_of, trials_table
 from mechinterp_cli.report.words import word_tables
 from mechinterp_cli.runs.manifest import Manifest
+from mechinterp_cli.text import counted
 
 SUMMARY = ("label", "ablation", "design", "set", "metric", "value", "effect", "normalized", "ci_low", "ci_high")
 CURVE = ("k", "units", "random_effect", "random_low", "random_high", "draws", "difference", "p")

@@ -9,7 +9,7 @@ import pandas as pd
 from rich.console import Group
 
 from mechinterp_cli.report.causal import unit_of
-from mechinterp_cli.report.cells import counted, figure, missing, number, text
+from mechinterp_cli.report.cells import figure, missing, number, text
 from mechinterp_cli.report.checkpoints import Checkpoints, checkpoints_of
 from mechinterp_cli.report.direct import Parts, direct_tables, head_map, part_dots, part_name, parts_of
 from mechinterp_cli.report.estimates import (
@@ -38,6 +38,7 @@ from mechinterp_cli.report.training import trial_curves
 from mechinterp_cli.report.trust import subset_lines, trust_tables
 from mechinterp_cli.report.wordgrid import WordGrid
 from mechinterp_cli.runs.manifest import Manifest
+from mechinterp_cli.text import counted
 
 _ESTIMATED = ("summary", "verification", "missed", "subsets")
 TABLES = (*_ESTIMATED, "direct", "components", "sources", "lens", "inputs", "input_spans", "input_completeness")
@@ -209,8 +210,9 @@ class AttributeView:
             yield f"Exactly it is {figure(first[estimates.exact], sign=True)}."
         for row in records(having(self.verification, estimator=name, part="random", site="all"))[:1]:
             pearson = "undefined" if missing(row["pearson"]) else figure(row["pearson"], 2)
-            nodes = counted(int(number(row["nodes"])), "node")
-            yield f"Over {nodes} drawn at random, Pearson with exact effects is {pearson}."
+            drawn, nodes = (int(number(row[name])) for name in ("rows", "nodes"))
+            among = f"Over {drawn:,} of {counted(nodes, 'node')}, drawn at random"
+            yield f"{among}, Pearson with exact effects is {pearson}."
 
     def tables(self, count: int) -> Sequence[tuple[str, Sequence[Mapping[str, Any]]]]:
         """What the headline lists, by table."""

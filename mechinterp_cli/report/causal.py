@@ -6,12 +6,13 @@ import numpy as np
 import pandas as pd
 from rich.console import Group
 
-from mechinterp_cli.report.cells import counted, counted_between, figure, interval, number, probability, text
+from mechinterp_cli.report.cells import counted_between, figure, interval, number, probability, text
 from mechinterp_cli.report.rows import Row, records
 from mechinterp_cli.report.scores import head_name
 from mechinterp_cli.report.series import curve_of, random_curve
 from mechinterp_cli.report.shapes import CurvePanel, Curves, y_range
 from mechinterp_cli.report.tables import Column, text_table
+from mechinterp_cli.text import counted
 
 VERDICT_DRAWS = 199
 """Where fewer random sets are asked for there is a band, but no p-value and no verdict."""

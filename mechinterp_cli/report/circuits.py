@@ -6,12 +6,13 @@ import pandas as pd
 from rich.console import Group
 
 from mechinterp_cli.report.causal import unit_of
-from mechinterp_cli.report.cells import counted, counted_between, figure, interval, text
+from mechinterp_cli.report.cells import counted_between, figure, interval, text
 from mechinterp_cli.report.rows import Row, distinct, having, records
 from mechinterp_cli.report.series import dot_of
 from mechinterp_cli.report.shapes import DotPanel, Dots
 from mechinterp_cli.report.tables import Column, text_table
 from mechinterp_cli.report.trials import members_text
+from mechinterp_cli.text import counted
 
 SHARES = ("faithfulness", "completeness")
 BRIEF = 72

@@ -7,22 +7,13 @@ import numpy as np
 import pandas as pd
 from rich.console import Group
 
-from mechinterp_cli.report.cells import (
-    between,
-    counted,
-    counted_between,
-    figure,
-    interval,
-    missing,
-    number,
-    probability,
-    text,
-)
+from mechinterp_cli.report.cells import between, counted_between, figure, interval, missing, number, probability, text
 from mechinterp_cli.report.rows import Row, distinct, having, records
 from mechinterp_cli.report.series import dot_of
 from mechinterp_cli.report.shapes import Dot, DotPanel, Dots
 from mechinterp_cli.report.tables import Column, line, text_table
 from mechinterp_cli.report.trials import ALONE, Trials, key_of, verdict_of
+from mechinterp_cli.text import counted
 
 SENTENCES = 5
 """Trials whose verdict is told in words: the strongest of each block of units, or sets. The table has the others."""

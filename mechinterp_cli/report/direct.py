@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 from rich.console import Group
 
-from mechinterp_cli.report.cells import counted, figure, interval, missing, number, text
+from mechinterp_cli.report.cells import figure, interval, missing, number, text
 from mechinterp_cli.report.grid import Heatmap, build_panel
 from mechinterp_cli.report.labels import show_token
 from mechinterp_cli.report.rows import Row, having, records
@@ -15,6 +15,7 @@ from mechinterp_cli.report.series import dot_of
 from mechinterp_cli.report.shapes import Dot, DotPanel, Dots
 from mechinterp_cli.report.tables import Column, text_table
 from mechinterp_cli.report.terminal import terminal_heatmap
+from mechinterp_cli.text import counted
 
 MAX_DOTS = 20
 MAX_SOURCES = 8

@@ -9,10 +9,23 @@ import altair as alt
 
 from mechinterp_cli.report.cells import interval
 from mechinterp_cli.report.labels import show_text
-from mechinterp_cli.report.picture import FAINT, PICTURE_WIDTH, SERIES_COLOURS, Chart, Drawing, head_lines, inline
+from mechinterp_cli.report.picture import (
+    EXPONENT,
+    FAINT,
+    PICTURE_WIDTH,
+    SERIES_COLOURS,
+    Chart,
+    Drawing,
+    head_lines,
+    inline,
+)
 from mechinterp_cli.report.shapes import CUT, Dot, DotPanel, Dots, leaves, reached
 
 WIDTH, ROW, LABEL_ROOM, LEGEND_ROOM = 330, 16, 230, 150
+LONGEST_LABEL, LETTER = 520, 5.6
+"""Pixels that names take beside a panel that is alone, and those of a letter."""
+SMALL = 0.001
+"""Axes that reach less far are written with an exponent."""
 SHAPES = ("circle", "square", "triangle-up", "diamond")
 
 
@@ -26,7 +39,7 @@ def chart(dots: Dots) -> Chart:
     across = max(1, PICTURE_WIDTH // (WIDTH + (20 if dots.one_axis else LABEL_ROOM)))
     across = min(across, len(dots.panels))
     # Subtitles may be as wide as the panels at least.
-    room = across * WIDTH + LABEL_ROOM * (1 if dots.one_axis else across) + LEGEND_ROOM
+    room = across * WIDTH + _label_room(dots) * (1 if dots.one_axis else across) + LEGEND_ROOM
     panels = [_panel(dots, index, across) for index in range(len(dots.panels))]
     cut = (CUT,) if any(_is_cut(panel, _ends(dots, panel)) for panel in dots.panels) else ()
     concat = alt.concat(*panels, columns=across, title=head_lines(dots.title, (*dots.lines, *cut), room), spacing=24)
@@ -35,15 +48,25 @@ def chart(dots: Dots) -> Chart:
     return drawn
 
 
+def _label_room(dots: Dots) -> float:
+    """Pixels of the rows' names; beside a panel that is alone they are not cut so soon."""
+    if len(dots.panels) > 1:
+        return LABEL_ROOM
+    longest = max((len(show_text(dot.name)) for dot in dots.panels[0].dots), default=0)
+    return min(LONGEST_LABEL, max(LABEL_ROOM, LETTER * longest))
+
+
 def _panel(dots: Dots, index: int, across: int) -> alt.LayerChart:
     panel = dots.panels[index]
     names = list(dict.fromkeys(show_text(dot.name) for dot in panel.dots))
     series = _series([panel])
     named = not dots.one_axis or index % across == 0
-    axis = alt.Axis(labels=named, labelLimit=LABEL_ROOM, labelOverlap=False, grid=True, ticks=False)
+    axis = alt.Axis(labels=named, labelLimit=_label_room(dots), labelOverlap=False, grid=True, ticks=False)
     rows = alt.Scale(type="band", domain=names)
-    scale = alt.Scale(domain=list(_ends(dots, panel)), nice=False, zero=False)
-    x = alt.X("value:Q", scale=scale, axis=alt.Axis(format="~f", tickCount=6), title=show_text(panel.x_title))
+    low, high = _ends(dots, panel)
+    form = {"format": "~f"} if max(-low, high) >= SMALL else {"labelExpr": EXPONENT}
+    scale = alt.Scale(domain=[low, high], nice=False, zero=False)
+    x = alt.X("value:Q", scale=scale, axis=alt.Axis(tickCount=6, **form), title=show_text(panel.x_title))
     colour, shape = _looks(_series(dots.panels), with_legend=index == across - 1)
     references = inline([{"value": value} for value in panel.references])
     layers = [alt.Chart(references).mark_rule(color=FAINT, strokeDash=[4, 3]).encode(x)]

@@ -11,12 +11,13 @@ from rich.console import Group
 
 from mechinterp_cli.report.behind import Behind, behind
 from mechinterp_cli.report.causal import unit_of
-from mechinterp_cli.report.cells import counted, figure, interval, missing, number, text
+from mechinterp_cli.report.cells import figure, interval, missing, number, text
 from mechinterp_cli.report.grid import ColourScale, Heatmap, HeatmapSpec, build_heatmap
 from mechinterp_cli.report.rows import Row, distinct, having, records
 from mechinterp_cli.report.tables import Column, text_table
 from mechinterp_cli.report.terminal import describe_place, strongest
 from mechinterp_cli.runs.estimators import signed
+from mechinterp_cli.text import counted
 
 NAMES = {
     "atp": "AtP",

@@ -9,7 +9,7 @@ import pandas as pd
 from rich.console import Group
 
 from mechinterp_cli.report.causal import causal_curves, causal_sentences, causal_tables
-from mechinterp_cli.report.cells import counted, figure, interval, missing, number, text
+from mechinterp_cli.report.cells import figure, interval, missing, number, text
 from mechinterp_cli.report.checkpoints import Checkpoints, checkpoints_of
 from mechinterp_cli.report.grid import Heatmap
 from mechinterp_cli.report.rows import chosen_metric, having
@@ -21,6 +21,7 @@ from mechinterp_cli.report.tables import Column, line, text_table
 from mechinterp_cli.report.terminal import terminal_heatmap
 from mechinterp_cli.report.training import checkpoint_table, score_curves
 from mechinterp_cli.runs.manifest import Manifest
+from mechinterp_cli.text import counted
 
 HEADLINE_SCORE = ("score", "layer", "head", "kv_head", "value", "ci_low", "ci_high", "chance", "n")
 HEADLINE_CAUSAL = ("ablation", "k", "heads", "metric", "effect", "random_effect", "random_low", "random_high")

@@ -8,7 +8,7 @@ import altair as alt
 
 from mechinterp_cli.report.coarse import coarse
 from mechinterp_cli.report.grid import ColourScale, Heatmap, Panel
-from mechinterp_cli.report.picture import COLOURS, PICTURE_WIDTH, Drawing, head_lines, ink_on, inline
+from mechinterp_cli.report.picture import COLOURS, EXPONENT, PICTURE_WIDTH, Drawing, head_lines, ink_on, inline
 
 STATE_COLOURS = {"trivial": "#e3e3e3", "undefined": "#8a8a8a", "nan": "#000000", "absent": "#efefef"}
 STATE_NAMES = {"trivial": "exactly 0 (trivial)", "undefined": "undefined", "nan": "NaN", "absent": "not computed"}
@@ -178,8 +178,8 @@ def _value_colour(heatmap: Heatmap, with_legend: bool) -> alt.Color:
     stops, ticks = _stops(heatmap.colours)
     length = min(160, max(70, min(_panel_height(panel) for panel in heatmap.panels) - 20))
     # Two decimals would show ends of 1e-9 as 0.
-    form = ".2~f" if max(abs(stops[0]), abs(stops[-1])) >= SMALL else ".1~e"
-    legend = alt.Legend(title=heatmap.quantity, gradientLength=length, values=ticks, format=form)
+    form = {"format": ".2~f"} if max(abs(stops[0]), abs(stops[-1])) >= SMALL else {"labelExpr": EXPONENT}
+    legend = alt.Legend(title=heatmap.quantity, gradientLength=length, values=ticks, **form)
     # Vega would go by hue, which tints the smallest effects yellow and cyan.
     scale = alt.Scale(domain=stops, range=list(COLOURS[-len(stops) :]), clamp=True, interpolate="rgb")
     return alt.Color("value:Q", scale=scale, legend=legend if with_legend else None)

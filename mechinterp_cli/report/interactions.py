@@ -8,11 +8,12 @@ from rich.console import Group
 
 from mechinterp_cli.report.behind import Behind, behind
 from mechinterp_cli.report.causal import unit_of
-from mechinterp_cli.report.cells import counted, counted_between, figure, interval, number, text
+from mechinterp_cli.report.cells import counted_between, figure, interval, number, text
 from mechinterp_cli.report.grid import Heatmap, Panel
 from mechinterp_cli.report.labels import show_text
 from mechinterp_cli.report.rows import Row, distinct, having, records
 from mechinterp_cli.report.tables import Column, line, text_table
+from mechinterp_cli.text import counted
 
 _COLUMNS = {
     "#": Column(5),

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import pandas as pd
 
 from mechinterp_cli.report.causal import unit_of
-from mechinterp_cli.report.cells import counted, text
+from mechinterp_cli.report.cells import text
 from mechinterp_cli.report.checkpoints import Checkpoints, checkpoints_of
 from mechinterp_cli.report.grid import Heatmap, HeatmapSpec, build_heatmap
 from mechinterp_cli.report.rows import records
@@ -18,6 +18,7 @@ from mechinterp_cli.report.sparkline import terminal_curves
 from mechinterp_cli.report.terminal import describe_place, strongest, strongest_table, terminal_heatmap
 from mechinterp_cli.report.training import trial_curves
 from mechinterp_cli.runs.manifest import Manifest
+from mechinterp_cli.text import counted
 
 HEADLINE = ("label", "metric", "value", "effect", "normalized", "ci_low", "ci_high", "p_adjusted", "n", "verdict")
 
@@ -177,8 +178,11 @@ def _paths(rows: pd.DataFrame, spec: HeatmapSpec, metric: str, level: str) -> It
     unit = f"effect on {unit_of(metric)}" if quantity == "effect" else "normalised effect"
     for block, part in rows.groupby("block", sort=True):
         if _is_listed(part):
-            dots = tuple(dot_of(text(row["label"]).removeprefix("path "), "", row, quantity) for row in records(part))
-            caption = " ".join(filter(None, (spec.normalization, f"Bars: {level} % intervals.")))
+            names, shared = _apart([text(label).removeprefix("path ") for label in part["label"]])
+            rows_of = zip(names, records(part), strict=True)
+            dots = tuple(dot_of(name, "", row, quantity) for name, row in rows_of)
+            told = (spec.normalization, f"In all: {shared}." if shared else "", f"Bars: {level} % intervals.")
+            caption = " ".join(filter(None, told))
             yield (
                 f"{int(str(block)):02d}-path-{metric}",
                 Dots(
@@ -187,6 +191,13 @@ def _paths(rows: pd.DataFrame, spec: HeatmapSpec, metric: str, level: str) -> It
                     panels=(DotPanel(title="", x_title=unit, dots=dots),),
                 ),
             )
+
+
+def _apart(labels: Sequence[str]) -> tuple[list[str], str]:
+    """Labels without what stands behind the comma of all of them, and that."""
+    ends = {label.partition(", ")[2] for label in labels}
+    shared = ends.pop() if len(ends) == 1 else ""
+    return [label.removesuffix(f", {shared}") if shared else label for label in labels], shared
 
 
 def first_tokens(prompts: pd.DataFrame) -> dict[str, Sequence[str]]:

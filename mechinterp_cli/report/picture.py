@@ -28,6 +28,8 @@ FAINT = "#444444"
 """Of lines and letters that stay behind. The page's script knows this grey, and makes it light on a dark page."""
 STROKE = {"symbolType": "stroke", "symbolSize": 300, "symbolStrokeWidth": 2}
 """A legend's symbols for lines: long enough for their dashes to be seen."""
+EXPONENT = "datum.value ? format(datum.value, '.2~e') : '0'"
+"""How numbers too small for decimals are written on an axis, as Vega's expression."""
 PICTURE_WIDTH = 1280
 """Panels are set side by side up to this many pixels."""
 

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import pandas as pd
 
-from mechinterp_cli.report.cells import counted, figure, missing, text
+from mechinterp_cli.report.cells import figure, missing, text
 from mechinterp_cli.report.checkpoints import checkpoints_of
 from mechinterp_cli.report.grid import Heatmap
 from mechinterp_cli.report.patch import first_tokens
@@ -24,6 +24,7 @@ from mechinterp_cli.report.sentences import certainty, level_of, named_tables
 from mechinterp_cli.report.shapes import Curves, Histogram, Picture
 from mechinterp_cli.report.sparkline import terminal_curves
 from mechinterp_cli.runs.manifest import Manifest
+from mechinterp_cli.text import counted
 
 SCORES = ("label", "probe", "measure", "score", "ci_low", "ci_high", "p", "p_adjusted", "selectivity")
 BASELINES = ("majority", "bag", "embedding", "random_weights")

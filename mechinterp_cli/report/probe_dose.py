@@ -7,11 +7,12 @@ from dataclasses import dataclass, replace
 import pandas as pd
 
 from mechinterp_cli.report.behind import Behind
-from mechinterp_cli.report.cells import counted, missing, number, text
+from mechinterp_cli.report.cells import missing, number, text
 from mechinterp_cli.report.probe_causal import ALL, MAX_PANELS, PLACE, STEER, WIDTH, Effects, several_of, where
 from mechinterp_cli.report.rows import Row, having, records
 from mechinterp_cli.report.series import curve_of, numbers, random_curve
 from mechinterp_cli.report.shapes import Curve, CurvePanel, Curves, y_range
+from mechinterp_cli.text import counted
 
 BEST = 6
 """Places that steering is drawn of: those that it moves most."""

@@ -9,12 +9,12 @@ import numpy.typing as npt
 import pandas as pd
 
 from mechinterp_cli.report.beside import DIAGONAL, looks_of
-from mechinterp_cli.report.cells import counted
 from mechinterp_cli.report.labels import show_text
 from mechinterp_cli.report.picture import Drawing, head_lines, inline
 from mechinterp_cli.runs.compare import Comparison
 from mechinterp_cli.runs.estimators import ESTIMATOR
 from mechinterp_cli.runs.sides import Side
+from mechinterp_cli.text import counted
 
 SIZE = 320
 """Pixels of a panel's side."""

@@ -10,9 +10,10 @@ import numpy.typing as npt
 
 from mechinterp_cli.report.behind import Behind
 
-REACH, TYPICAL = 1.0, 4
+REACH, TYPICAL, SPARED = 1.0, 4, 2.5
 """Intervals are drawn up to so many heights of the lines beyond them, or so many times as far as a quarter of them
-stays within: of a few prompts some may be a hundred times as long as others, and would press all else together."""
+stays within: of a few prompts some may be a hundred times as long as others, and would press all else together. What
+is no longer than `SPARED` times that is drawn whole."""
 CUT = "Intervals go on beyond the axis where they meet it."
 
 
@@ -184,7 +185,7 @@ def _beyond(overs: Sequence[float], height: float) -> float:
     """How far beyond the core intervals are drawn."""
     lengths = sorted(max(0.0, over) for over in overs) or [0.0]
     usual = max(REACH * height, TYPICAL * lengths[len(lengths) // 4])
-    return min(lengths[-1], usual or lengths[-1])
+    return usual if lengths[-1] > SPARED * usual > 0 else lengths[-1]
 
 
 def leaves(ends: tuple[float, float], lows: Iterable[float], highs: Iterable[float]) -> bool:

@@ -7,12 +7,13 @@ from collections.abc import Iterator, Sequence
 import pandas as pd
 from rich.console import Group
 
-from mechinterp_cli.report.cells import counted, counted_between, figure, interval, missing, number, text
+from mechinterp_cli.report.cells import counted_between, figure, interval, missing, number, text
 from mechinterp_cli.report.rows import Row, distinct, having, records
 from mechinterp_cli.report.series import dot_of
 from mechinterp_cli.report.shapes import DotPanel, Dots
 from mechinterp_cli.report.tables import Column, line, text_table
 from mechinterp_cli.report.tokens import NAMES, SHARES, unit_of
+from mechinterp_cli.text import counted
 
 MAX_SPANS = 30
 _COLUMNS = {

@@ -6,13 +6,14 @@ from collections.abc import Callable, Mapping, Sequence
 import pandas as pd
 from rich.console import Group
 
-from mechinterp_cli.report.cells import counted, counted_between, figure, number
+from mechinterp_cli.report.cells import counted_between, figure, number
 from mechinterp_cli.report.checkpoints import Checkpoints
 from mechinterp_cli.report.scores import head_name, look_of, of_score, strongest_heads
 from mechinterp_cli.report.series import curve_of
 from mechinterp_cli.report.shapes import Curve, CurvePanel, Curves
 from mechinterp_cli.report.tables import Column, text_table
 from mechinterp_cli.report.terminal import describe_place
+from mechinterp_cli.text import counted
 
 LINES = 3
 """Heads or trials drawn per panel."""

@@ -6,11 +6,12 @@ from collections.abc import Iterator, Mapping, Sequence
 import pandas as pd
 from rich.console import Group
 
-from mechinterp_cli.report.cells import figure, missing, number, text
+from mechinterp_cli.report.cells import counted_between, figure, missing, number, text
 from mechinterp_cli.report.estimates import Estimates
 from mechinterp_cli.report.rows import Row, distinct, having, records
 from mechinterp_cli.report.tables import Column, line, text_table
 from mechinterp_cli.runs.estimators import signed
+from mechinterp_cli.text import counted
 
 GOOD = 0.9
 """Pearson, and the share of signs that agree, from which on estimates are said to be in proportion to exact effects."""
@@ -150,11 +151,12 @@ def trust_sentences(
     # A correlation does not see that all estimates are half of what they should be.
     if random and not missing(random[0]["mean_difference"]):
         off, count = figure(random[0]["mean_difference"]), int(number(random[0]["rows"]))
-        yield f"On the {count} random nodes estimates are {off} off on average ({estimates.unit})."
+        yield f"On the {counted(count, 'random node')} estimates are {off} off on average ({estimates.unit})."
     whole = "all" if "all" in top else next(iter(top), "")
     if whole and not missing(top[whole].get("above")):
         share, rows, limit = top[whole]["above"], int(number(top[whole]["rows"])), number(top[whole]["threshold"])
-        yield f"Of the {rows} strongest estimates {_percent(share)} have an exact effect of {limit:g} or more."
+        strongest = counted(rows, "strongest estimate")
+        yield f"Of the {strongest} {_percent(share)} have an exact effect of {limit:g} or more."
     bound = bounds.get("all") or next(iter(bounds.values()), None)
     if bound is not None:
         limit, level = number(bound["threshold"]), 100 * number(bound["level"])
@@ -188,12 +190,11 @@ def subset_lines(estimates: Estimates, subsets: pd.DataFrame) -> Iterator[str]:
         pairs = [pair for pair in pairs if all(map(math.isfinite, pair))]
         if not pairs:
             continue
-        sizes = sorted({int(number(row["size"])) for row in rows})
-        size = f"{sizes[0]}" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
+        nodes = counted_between((row["size"] for row in rows), "node that was", "nodes that were")
         apart = sum(abs(exact - estimate) for estimate, exact in pairs) / len(pairs)
         largest = max(abs(exact) for _, exact in pairs)
         yield (
-            f"{estimates.called(estimator)}: {len(pairs)} random subsets of {size} nodes that were not verified, "
+            f"{estimates.called(estimator)}: {counted(len(pairs), 'random subset')} of {nodes} not verified, "
             f"patched together: sums of estimates are {apart:.3f} off on average; the largest exact effect is "
             f"{largest:.3f}."
         )

@@ -26,6 +26,7 @@ from mechinterp_cli.runs.manifest import Manifest
 from mechinterp_cli.runs.outcome import RunOutcome
 from mechinterp_cli.runs.reading import read_manifest
 from mechinterp_cli.runs.tables import read_parquet, to_frame
+from mechinterp_cli.text import counted
 
 
 class View(Protocol):
@@ -159,5 +160,6 @@ def proof_notes(engine: Mapping[str, Any]) -> list[str]:
     among = f", the worst of {len(proofs)} proofs" if len(proofs) > 1 else ""
     return [
         f"proved: executor {names} agrees with plain hooks to {worst['deviation']:.1e} of the logits' "
-        f"scale ({worst['tolerance']:.0e} allowed) on {worst['trials']} trials of {worst['length']} tokens{among}"
+        f"scale ({worst['tolerance']:.0e} allowed) on {counted(worst['trials'], 'trial')} of "
+        f"{counted(worst['length'], 'token')}{among}"
     ]

@@ -14,6 +14,7 @@ from mechinterp_cli.report.page.prompts import prompt_content
 from mechinterp_cli.report.shapes import Picture
 from mechinterp_cli.report.view import View, proof_notes
 from mechinterp_cli.runs.manifest import Manifest
+from mechinterp_cli.text import counted
 
 LISTED = 100
 """Rows of a table of the strongest results, at least."""
@@ -69,11 +70,11 @@ def run_content(source: PageSource, pictures: Sequence[tuple[str, Picture]]) -> 
 def _asked(manifest: Manifest) -> Iterator[tuple[str, str]]:
     """What was asked, as (what, words)."""
     config, model, task = manifest.config, manifest.model, manifest.task
-    count, dropped = task.get("prompts"), len(task.get("dropped") or ())
+    dropped = len(task.get("dropped") or ())
     left = f", {dropped} dropped" if dropped else ""
-    yield "task", f"{task.get('name', '')}: {count} prompts{left}"
+    yield "task", f"{task.get('name', '')}: {counted(int(task.get('prompts') or 0), 'prompt')}{left}"
     moments = model.get("checkpoints")
-    along = f", {len(moments)} checkpoints" if moments else ""
+    along = f", {counted(len(moments), 'checkpoint')}" if moments else ""
     kind = f"{model['dtype']} on {model['device']}" if model.get("dtype") and model.get("device") else ""
     revision = "" if moments else str(model.get("revision") or "")
     yield "model", ", ".join(filter(None, (str(model.get("id", "")) + along, revision, kind)))
