@@ -8,10 +8,13 @@ from typing import Any, ClassVar
 import pandas as pd
 from rich.console import Group
 
-from mechinterp_cli.report.cells import counted, counted_between, figure, interval, missing, number, probability, text
+from mechinterp_cli.report.cells import counted_between, figure, interval, missing, number, probability, text
 from mechinterp_cli.report.checkpoints import checkpoints_of
+from mechinterp_cli.report.circuit_answer import circuit_answer
 from mechinterp_cli.report.circuit_curves import circuit_name, edge_dots, faithfulness_curves
-from mechinterp_cli.report.circuit_graph import MAX_EDGES, GraphPicture, graph_picture
+from mechinterp_cli.report.circuit_graph import GraphPicture
+from mechinterp_cli.report.circuit_words import EDGES, NEURONS, Drawn, Words
+from mechinterp_cli.report.neuron_graph import NeuronPicture
 from mechinterp_cli.report.rows import Row, distinct, having, records
 from mechinterp_cli.report.sentences import level_of, named_tables
 from mechinterp_cli.report.shapes import Curves, Dots, Picture
@@ -67,6 +70,8 @@ class CircuitView:
     """Of intervals, in percent."""
     trained: int = 0
     """Prompts that edges were scored on; 0 where nobody said."""
+    words: Words = EDGES
+    """What circuits are made of."""
 
     pages: ClassVar[Sequence[tuple[str, str]]] = ()
     """No page of its own."""
@@ -75,68 +80,54 @@ class CircuitView:
     def pictures(self) -> Sequence[tuple[str, Picture]]:
         """A graph for every score and given circuit, curves of every metric, edges taken out one by one."""
         # Altair takes half a second to import, which the terminal's view need not wait for.
-        from mechinterp_cli.report import circuit_drawing, curves, dots
+        from mechinterp_cli.report import circuit_drawing, curves, dots, neuron_drawing
 
-        def drawing(shape: GraphPicture | Curves | Dots) -> Picture:
+        def drawing(shape: GraphPicture | NeuronPicture | Curves | Dots) -> Picture:
+            if isinstance(shape, NeuronPicture):
+                return neuron_drawing.drawing(shape)
             if isinstance(shape, GraphPicture):
                 return circuit_drawing.drawing(shape)
             return curves.drawing(shape) if isinstance(shape, Curves) else dots.drawing(shape)
 
         return [(name, drawing(shape)) for name, shape in self._shapes() if shape is not None]
 
-    def _shapes(self) -> Iterator[tuple[str, GraphPicture | Curves | Dots | None]]:
+    def _shapes(self) -> Iterator[tuple[str, GraphPicture | NeuronPicture | Curves | Dots | None]]:
         yield from self._graphs()
         for metric in distinct(self.faithfulness, "metric"):
             rows = having(self.faithfulness, metric=metric)
-            yield f"faithfulness-{metric}", faithfulness_curves(rows, self.about, self.level)
+            yield f"faithfulness-{metric}", faithfulness_curves(rows, self.about, self.level, self.words)
         over = counted_between(self._first(self.faithfulness)["n"], "prompt")
         bars = f"Bars: {self.level} % intervals over {over}."
-        yield f"minimality-{self.metric}", edge_dots(self._first(self.minimality), self.about, bars)
+        yield f"minimality-{self.metric}", edge_dots(self._first(self.minimality), self.about, bars, self.words)
 
     def _first(self, rows: pd.DataFrame) -> pd.DataFrame:
         """The rows of the first metric."""
         return having(rows, metric=self.metric) if len(rows) else rows
 
-    def _graphs(self) -> Iterator[tuple[str, GraphPicture | None]]:
-        """Of every ranking the circuit that is tested, or the largest that can be seen; of others the whole."""
+    def _graphs(self) -> Iterator[tuple[str, GraphPicture | NeuronPicture | None]]:
+        """Of every ranking the circuit that is tested, or one that can be seen; of others the whole."""
+        drawn = Drawn(self.words, self.about, self.metric, self.trained, self.heads, self.grouped)
         for score in distinct(self.members, "score"):
             rows = having(self.members, score=score)
             ranked = having(rows, rank=self.rank)
             for threshold in rows["threshold"].dropna().unique().tolist():
                 name = f"graph-{score}-{threshold:g}"
-                yield name, self._graph(having(rows, threshold=threshold), score, f"threshold {threshold:g}")
+                yield name, drawn.picture(having(rows, threshold=threshold), score, f"threshold {threshold:g}")
             if len(ranked):
-                size = self._drawn_size(ranked)
+                tested = self.tests["size"].dropna().tolist() if len(self.tests) else []
+                faithful = having(self._first(self.faithfulness), score=score, rank=self.rank)
+                size = drawn.size(ranked, tested, faithful)
                 chosen = ranked[(ranked["size"] <= size).fillna(False).to_numpy(dtype=bool)]
-                yield f"graph-{score}", self._graph(chosen, score, f"{100 * size:g} % of all edges, {self.rank} scores")
+                which = f"{100 * size:g} % of all {self.words.several}, {self.rank} scores"
+                yield f"graph-{score}", drawn.picture(chosen, score, which)
             elif rows["threshold"].isna().all():
-                yield f"graph-{score}", self._graph(rows, score, "")
-
-    def _drawn_size(self, rows: pd.DataFrame) -> float:
-        """The size that is tested where it has edges, else the largest with few enough, else the smallest with any."""
-        counts = rows["size"].value_counts().sort_index().cumsum()
-        tested = [number(value) for value in self.tests["size"].dropna()] if len(self.tests) else []
-        few = counts[counts <= MAX_EDGES]
-        if tested and tested[0] in counts.index:
-            return tested[0]
-        return float(few.index[-1] if len(few) else counts.index[0])
-
-    def _graph(self, edges: pd.DataFrame, score: str, which: str) -> GraphPicture | None:
-        about = ", ".join(filter(None, (*self.about, which, counted(len(edges), "edge"))))
-        title = f"The {score} circuit" if score in ("given", "reference") else f"The circuit by {score}"
-        scored = bool(edges["value"].notna().any())
-        on = f" of {counted(self.trained, 'prompt')}" if self.trained else ""
-        told = [f"Width: size of the score on {self.metric}, mean{on}." if scored else ""]
-        shared = edges["input"].isin(["k", "v"]).any() and self.grouped > 1
-        told.append(f"k and v are shared by {self.grouped} heads, which stand above them." if shared else "")
-        lines = (about, " ".join(filter(None, told)))
-        return graph_picture(edges, title=title, lines=lines, heads=self.heads, grouped=self.grouped)
+                yield f"graph-{score}", drawn.picture(rows, score, "")
 
     def draw(self, width: int, plain: bool) -> Iterator[Any]:
         """What rich prints: areas, curves, overlap, stability, tests, edges."""
         yield from self._areas(width, plain)
         yield from self._curves(width, plain)
-        faithful = faithfulness_curves(self._first(self.faithfulness), self.about, self.level)
+        faithful = faithfulness_curves(self._first(self.faithfulness), self.about, self.level, self.words)
         yield from terminal_curves(faithful, width=width, plain=plain)
         yield from self._overlap(width, plain)
         yield from self._tests(width, plain)
@@ -176,7 +167,7 @@ class CircuitView:
         rows = [row for row in records(self._first(self.faithfulness)) if self._is_drawn(row)]
         if not rows:
             return
-        ends = f"whole model {figure(rows[0]['full'])}, all edges patched {figure(rows[0]['empty'])}"
+        ends = f"whole model {figure(rows[0]['full'])}, all {self.words.several} patched {figure(rows[0]['empty'])}"
         by_size: dict[float, dict[str, str]] = {}
         for row in (row for row in rows if not missing(row["size"])):
             cells = by_size.setdefault(number(row["size"]), {"size": f"{number(row['size']):g}"})
@@ -185,13 +176,13 @@ class CircuitView:
         if by_size:
             scores = dict.fromkeys(text(row["score"]) for row in rows if not missing(row["size"]))
             columns = {"size": Column(), **dict.fromkeys(scores, Column()), "random": Column(1)}
-            lines = (f"faithfulness (edges), {self.rank} scores, {self.metric}: {ends}",)
+            lines = (f"faithfulness ({self.words.several}), {self.rank} scores, {self.metric}: {ends}",)
             notes = {"random": "the middle 95 % of random rankings"}
             yield text_table(list(by_size.values()), columns, lines=lines, width=width, plain=plain, notes=notes)
         others = [
             {
                 "circuit": circuit_name(row),
-                "edges": text(row["kept"]),
+                "kept": text(row["kept"]),
                 "nodes": text(row["nodes"]),
                 "faithfulness": _with_interval(row, "faithfulness", width),
             }
@@ -232,14 +223,16 @@ class CircuitView:
             cells.append({"test": "completeness", "n": "", "p": "", **ends})
         if cells:
             named = rows or records(self.completeness)
+            won = "share of prompts won; HSIC; {} not needed; what the rest still has without it"
+            notes = {"statistic": won.format(self.words.several)}
             lines = (f"tests of the circuit {circuit_name(named[0])}",)
-            yield text_table(cells, _TESTS, lines=lines, width=width, plain=plain, notes=_TEST_NOTES)
+            yield text_table(cells, _TESTS, lines=lines, width=width, plain=plain, notes=notes)
 
     def _edges(self, width: int, plain: bool) -> Iterator[Group]:
         rows = sorted(records(self._first(self.minimality)), key=lambda row: -abs(_zero(row["effect"])))
         cells = [
             {
-                "edge": f"{text(row['source'])}->{text(row['target'])}",
+                self.words.one: self.words.named(row),
                 "effect": _with_interval(row, "effect", width),
                 "share": figure(row["share"], 2),
                 "p": probability(row["p_adjusted"]),
@@ -249,15 +242,18 @@ class CircuitView:
         ]
         if cells:
             more = f", the first {len(cells)} of {len(rows)} tried" if len(rows) > len(cells) else ""
-            lines = (f"edges taken out one by one{more}: what is lost of the faithfulness",)
-            yield text_table(cells, _EDGES, lines=lines, width=width, plain=plain, notes=_EDGE_NOTES)
+            lines = (f"{self.words.several} taken out one by one{more}: what is lost of the faithfulness",)
+            notes = {"share": f"of needless {self.words.several} that matter less", "p": "adjusted"}
+            columns = {self.words.one: Column(left=True), **_EDGES}
+            yield text_table(cells, columns, lines=lines, width=width, plain=plain, notes=notes)
 
     def _sentences(self) -> Iterator[str]:
+        stable = {"jaccard": "Jaccard of the circuit", "spearman": f"rank correlation of all {self.words.several}"}
         for score in distinct(self.stability, "score"):
             rows = {text(row["measure"]): row for row in records(having(self.stability, score=score))}
             parts = [
                 f"{words} {figure(rows[name]['mean'], 2)} {interval(rows[name]['low'], rows[name]['high'], 2)}"
-                for name, words in _STABLE.items()
+                for name, words in stable.items()
                 if name in rows
             ]
             if parts:
@@ -285,27 +281,20 @@ class CircuitView:
     def _told(self) -> Iterator[str]:
         areas = self._area_rows
         first = text(areas[0]["score"]) if areas else ""
-        for row in (row for row in areas if text(row["score"]) == first):
-            name = f"{text(row['measure']).upper()} of {first} on {self.metric}"
-            yield f"{name}: {_sentence(row, 'value')}."
-        rows = records(self._first(self.faithfulness))
-        for row in (row for row in rows if missing(row["rank"])):
-            about = f"{circuit_name(row)} ({counted(int(row['kept']), 'edge')})"
-            yield f"Faithfulness of {about}: {_sentence(row, 'faithfulness')}."
+        given = [row for row in records(self._first(self.faithfulness)) if missing(row["rank"])]
+        sized = [(row, self.words.counted(int(row["kept"]))) for row in given]
         tests = records(self._first(self.tests))
-        if tests:
-            verdicts = ", ".join(f"{text(row['test'])} {text(row['verdict'])}" for row in tests)
-            yield f"Tests of {circuit_name(tests[0])}: {verdicts}."
+        return circuit_answer([row for row in areas if text(row["score"]) == first], sized, tests)
 
     def tables(self, count: int) -> Sequence[tuple[str, Sequence[Mapping[str, Any]]]]:
         """Areas, circuits, tests, stability, and the edges that were taken out."""
         edges = sorted(records(self._first(self.minimality)), key=lambda row: -abs(_zero(row["effect"])))
         listed = [{name: None if missing(row[name]) else row[name] for name in LISTED} for row in edges[:count]]
         found = list(named_tables(self.headline(), TITLES))
-        return [*found, ("Edges taken out one by one", listed)] if listed else found
+        return [*found, (f"{self.words.several.capitalize()} taken out one by one", listed)] if listed else found
 
 
-_OTHERS = {"circuit": Column(left=True), "edges": Column(1), "nodes": Column(2), "faithfulness": Column()}
+_OTHERS = {"circuit": Column(left=True), "kept": Column(1), "nodes": Column(2), "faithfulness": Column()}
 _OVERLAP = {
     "circuit": Column(left=True),
     "of": Column(left=True),
@@ -325,16 +314,12 @@ _TESTS = {
     "n": Column(3),
 }
 _EDGES = {
-    "edge": Column(left=True),
     "effect": Column(),
     "share": Column(2),
     "p": Column(1),
     "needed": Column(left=True),
 }
 _AREA_NOTES = {"cpr": "area below the curve, signed scores", "cmd": "area between it and 1, absolute scores"}
-_TEST_NOTES = {"statistic": "share of prompts won; HSIC; edges not needed; what the rest still has without it"}
-_EDGE_NOTES = {"share": "of needless edges that matter less", "p": "adjusted"}
-_STABLE = {"jaccard": "Jaccard of the circuit", "spearman": "rank correlation of all edges"}
 
 
 def _zero(value: object) -> float:
@@ -361,11 +346,6 @@ def _nearest(rows: Sequence[Row]) -> list[Row]:
         if missing(row["size"])
         or number(row["size"]) == number(best[text(row["score"]), text(row["rank"]), text(row["level"])]["size"])
     ]
-
-
-def _sentence(row: Row, name: str) -> str:
-    """A number with its interval, in a sentence."""
-    return " ".join(filter(None, (figure(row[name]) or "undefined", interval(row["ci_low"], row["ci_high"]))))
 
 
 def circuit_view(manifest: Manifest, tables: Mapping[str, pd.DataFrame]) -> CircuitView:
@@ -395,4 +375,5 @@ def circuit_view(manifest: Manifest, tables: Mapping[str, pd.DataFrame]) -> Circ
         count=config["output"]["top"],
         level=level_of(config),
         trained=len(manifest.task.get("train") or ()),
+        words=NEURONS if config["circuit"]["granularity"] == "neurons" else EDGES,
     )

@@ -5,7 +5,8 @@ from collections.abc import Iterator, Sequence
 import pandas as pd
 
 from mechinterp_cli.report.behind import Behind, behind
-from mechinterp_cli.report.cells import counted, counted_between, figure, missing, number, text
+from mechinterp_cli.report.cells import counted_between, figure, missing, number, text
+from mechinterp_cli.report.circuit_words import EDGES, Words
 from mechinterp_cli.report.rows import Row, distinct, having, records
 from mechinterp_cli.report.series import curve_of, dot_of, random_curve
 from mechinterp_cli.report.shapes import Curve, CurvePanel, Curves, DotPanel, Dots
@@ -23,13 +24,16 @@ def circuit_name(row: Row) -> str:
     return ", ".join(filter(None, (text(row["score"]), above if missing(size) else f"{number(size):g}")))
 
 
-def faithfulness_curves(rows: pd.DataFrame, about: Sequence[str], level: str = "95") -> Curves | None:
+def faithfulness_curves(
+    rows: pd.DataFrame, about: Sequence[str], level: str = "95", words: Words = EDGES
+) -> Curves | None:
     """Faithfulness over size, a panel for each ranking.
 
     Args:
         rows: The faithfulness table's rows of one metric and checkpoint.
         about: What stands in the subtitle.
         level: Of intervals, in percent.
+        words: What circuits are made of.
 
     Returns:
         None where no circuits are of a ranking.
@@ -46,14 +50,14 @@ def faithfulness_curves(rows: pd.DataFrame, about: Sequence[str], level: str = "
             CurvePanel(title=f"ranked by {rank} score", y_title="faithfulness", curves=(*curves, *_random(own)))
         )
     others = [
-        f"{circuit_name(row)}: {figure(row['faithfulness'])} with {counted(int(row['kept']), 'edge')}"
+        f"{circuit_name(row)}: {figure(row['faithfulness'])} with {words.counted(int(row['kept']))}"
         for row in records(given)
     ]
     told = f"0: every edge patched, 1: the whole model. {_bands(ranked, level)}"
     return Curves(
         title=f"Faithfulness of circuits, {metric}",
         lines=tuple(filter(None, (", ".join(about), told, "; ".join(others)))),
-        x_title="share of all edges",
+        x_title=f"share of all {words.several}",
         panels=tuple(panels),
         across=2,
         one_legend=True,
@@ -85,13 +89,14 @@ def _random(rows: pd.DataFrame) -> Iterator[Curve]:
         yield random_curve(RANDOM, records(first), "size", y="random_mean")
 
 
-def edge_dots(rows: pd.DataFrame, about: Sequence[str], over: str) -> Dots | None:
+def edge_dots(rows: pd.DataFrame, about: Sequence[str], over: str, words: Words = EDGES) -> Dots | None:
     """What each edge's going costs, largest first.
 
     Args:
         rows: The minimality table's rows of one metric and checkpoint.
         about: What stands in the subtitle.
         over: What bars are.
+        words: What circuits are made of.
 
     Returns:
         None where there are none.
@@ -100,15 +105,12 @@ def edge_dots(rows: pd.DataFrame, about: Sequence[str], over: str) -> Dots | Non
         return None
     order = rows["effect"].abs().sort_values(ascending=False, kind="stable").index
     chosen = records(rows.loc[order[:MAX_DOTS]])
-    dots = tuple(
-        dot_of(f"{text(row['source'])}->{text(row['target'])}", VERDICTS[text(row["verdict"])], row, "effect")
-        for row in chosen
-    )
+    dots = tuple(dot_of(words.named(row), VERDICTS[text(row["verdict"])], row, "effect") for row in chosen)
     kinds = list(dict.fromkeys(dot.series for dot in dots))
     same = f"all that are shown are {kinds[0]}" if len(kinds) == 1 and len(dots) > 1 else ""
-    more = f"the first {len(chosen)} of {len(rows)} edges that were tried" if len(rows) > len(chosen) else ""
-    which = f"{circuit_name(chosen[0])}: what is lost when one edge is taken out of the circuit"
+    more = f"the first {len(chosen)} of {words.counted(len(rows))} that were tried" if len(rows) > len(chosen) else ""
+    which = f"{circuit_name(chosen[0])}: what is lost when one {words.one} is taken out of the circuit"
     panel = DotPanel(title="", x_title="faithfulness that is lost", dots=dots)
     told = "; ".join(filter(None, (which, more, same)))
     lines = tuple(filter(None, (", ".join((*about, text(chosen[0]["metric"]))), f"{told}. {over}")))
-    return Dots(title="Edges taken out one by one", lines=lines, panels=(panel,))
+    return Dots(title=f"{words.several.capitalize()} taken out one by one", lines=lines, panels=(panel,))
