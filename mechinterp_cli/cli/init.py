@@ -40,7 +40,7 @@ Output = Annotated[
 def init(kind: Kind, output: Output = None, quiet: Quiet = False) -> None:
     """Write a config to start from, with a comment on every key.
 
-    It runs as it is, in seconds, on a model that comes with the package. A file that is there already stays.
+    It runs as it is, in less than a minute, on a model that comes with the package. A file that is there already stays.
 
     Prints the file's path on stdout; what to do next goes to stderr.
 
@@ -84,7 +84,7 @@ def next_steps(kind: str, path: Path) -> str:
     """What to do with a config that was just written, as lines with commands to copy."""
     run = f"mechinterp {kind} {_quoted(path)}"
     schema = f"mechinterp schema > {shlex.quote(str(path.with_name(SCHEMA_FILE)))}"
-    steps = {f"{run} --dry-run": "what it would compute", run: "run it: seconds", schema: "editors then complete it"}
+    steps = {f"{run} --dry-run": "what it would compute", run: "run it: less than a minute", schema: "editors then complete it"}
     widest = max(map(len, steps))
     return "\n".join(["next:", *(f"  {command.ljust(widest)}  # {what}" for command, what in steps.items())])
 

@@ -71,6 +71,7 @@ STARTERS: Mapping[str, Mapping[str, Any]] = {
         "circuit": {
             "scores": ["eap_ig_inputs", "exact"],
             "sizes": [0.02, 0.05, 0.1, 0.2, 0.5, 1.0],
+            "random": {"draws": 5},
             "tests": {"size": 0.5},
             "stability": {"size": 0.2},
         },
