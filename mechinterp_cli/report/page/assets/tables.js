@@ -48,9 +48,11 @@ function numbersOf(figure) {
     const names = fieldNames(figure.spec);
     for (const data of Object.values(figure.data)) {
       const kept = data.fields.map((name, at) => at).filter((at) => !HIDDEN_FIELDS.has(data.fields[at]) &&
-        data.columns[at].some((cell) => cell !== null && cell !== ""));
+        !data.fields[at].startsWith("_") && data.columns[at].some((cell) => cell !== null && cell !== ""));
       if (!kept.length || data.columns[0].length < 2) continue;
-      const rows = data.columns[0].map((_, row) => kept.map((at) => data.columns[at][row]));
+      // A line of many points is told once.
+      const told = data.columns[0].map((_, row) => JSON.stringify(kept.map((at) => data.columns[at][row])));
+      const rows = [...new Set(told)].map((row) => JSON.parse(row));
       details.append(sortableTable(figure.title, kept.map((at) => names[data.fields[at]] || data.fields[at]), rows));
     }
   }, { once: false });
