@@ -43,17 +43,6 @@ def probability(value: object) -> str:
     return f"{known:.4f}" if known >= 0.0001 else f"{known:.0e}"
 
 
-def counted(count: int, noun: str, plural: str = "") -> str:
-    """So many of something: `1 prompt`, `1,200 prompts`.
-
-    Args:
-        count: How many.
-        noun: One of them; a verb may follow it.
-        plural: Several of them, where that is not the noun and an s.
-    """
-    return f"{count:,} {noun if count == 1 else plural or f'{noun}s'}"
-
-
 def between(counts: Iterable[object]) -> str:
     """The smallest and the largest of some counts: `16`, `2 to 16`; empty where none is known."""
     known = sorted({int(number(count)) for count in counts if not missing(count)})
