@@ -307,3 +307,26 @@ def test_every_design_of_ablation_has_its_table_and_answer(design: str, title: s
     for table in content["tables"]:
         assert all(len(row) == len(table["columns"]) for row in table["rows"])
     document(content["title"], {"runs": [content]})
+
+
+def test_a_circuits_page_tells_its_answer_in_words_with_the_tables_numbers_and_its_proof() -> None:
+    (run,) = data_of(page_of_runs([reference("circuit-planted")]))["runs"]
+    quality = pd.read_parquet(reference("circuit-planted") / "quality.parquet")
+    for measure, rank in (("cpr", "signed"), ("cmd", "absolute")):
+        rows = quality[(quality["measure"] == measure) & (quality["rank"] == rank)]
+        (row,) = rows[rows["score"] == "eap_ig_inputs"].to_dict("records")
+        number = f"{row['value']:.3f} [{row['ci_low']:.3f}, {row['ci_high']:.3f}]"
+        (sentence,) = re.findall(rf"[^.]*{re.escape(number)}[^.]*{measure.upper()}[^.]*\.", run["answer"])
+        assert "eap_ig_inputs" in sentence
+    assert "it does the task as well as the whole model (equivalence): yes" in run["answer"]
+    assert "The circuit reference (5 edges) keeps 1.000 [1.000, 1.000] of logit_diff." in run["answer"]
+    (proof,) = run["proof"]
+    assert "with every edge kept, and with every edge patched, logits are the model's own to 7.9e-08" in proof
+
+
+def test_of_sets_the_answer_is_what_each_alone_has() -> None:
+    fake = Fake(design="keep", values=("zero",))
+    answer = view_of(fake.manifest, fake.tables()).answer()
+    rows = fake.tables()["circuits"]
+    row = rows.iloc[0]
+    assert f"The set {row['set']} alone has {row['faithfulness']:.3f} [" in answer

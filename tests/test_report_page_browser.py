@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from mechinterp_cli.cli.registry import register_all
 from mechinterp_cli.report.page.build import page_of_runs
-from tests.page_runs import ATTACK, attacking_run, reference
+from tests.page_runs import ATTACK, ablation_run, attacking_run, reference
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser, Page
+    from playwright.sync_api import Browser, ConsoleMessage, Page
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="the development packages are not installed (playwright)")
 CHROMIUM = next(
@@ -23,7 +24,9 @@ FLAGS = (
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
     "--disable-component-update", "--disable-sync",
 )  # fmt: skip
-RUNS = ("patch-induction-toy", "heads-toy", "attribute-toy")
+RUNS = ("patch-induction-toy", "heads-toy", "attribute-toy", "ablate", "probe-toy", "circuit-planted")
+"""A run of every kind."""
+LATER = RUNS[3:]
 
 
 @pytest.fixture(scope="module")
@@ -50,36 +53,51 @@ class Pages:
     def _runs(self, name: str) -> list[Path]:
         if name == "several":
             return [reference(RUNS[0]), attacking_run(self.folder / "beside"), reference("heads-toy")]
-        return [attacking_run(self.folder)] if name == "attack" else [reference(name)]
+        kind, _, run = name.rpartition(" ")
+        path = self._run(run)
+        if kind == "two of":
+            return [path, attacking_run(self.folder / "second", path)]
+        return [attacking_run(self.folder, path)] if kind == "attack" else [path]
+
+    def _run(self, name: str) -> Path:
+        """A run's directory; that of `ablate` is run once."""
+        if name == "ablate":
+            return next((self.folder / "runs").glob("*-ablate-*"), None) or ablation_run(self.folder)
+        return reference(name)
 
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> Pages:
+    register_all()  # a method says which of its tables is compared
     return Pages(tmp_path_factory.mktemp("pages"))
 
 
 class Opened:
-    """A page that is open, the errors it wrote to the console, and what it asked for."""
+    """A page that is open, errors and warnings that it wrote to the console, and what it asked for."""
 
     def __init__(self, page: "Page", file: Path) -> None:
         page.set_default_timeout(15_000)
         self.page = page
         self.said: list[str] = []
         self.asked: list[str] = []
-        page.on("console", lambda message: self.said.append(message.text) if message.type == "error" else None)
+        page.on("console", self._hear)
         page.on("pageerror", lambda error: self.said.append(str(error)))
         page.on("request", lambda request: self.asked.append(request.url))
         page.goto(file.as_uri())
         self.file = file
 
+    def _hear(self, message: "ConsoleMessage") -> None:
+        if message.type in ("error", "warning"):
+            self.said.append(message.text)
+
     def draw_all(self) -> None:
         """Scroll through, so that every chart is drawn."""
         for chart in self.page.query_selector_all("figure .chart"):
             chart.scroll_into_view_if_needed()
-        self.page.wait_for_function("!document.querySelector('figure .chart:not([data-drawn])')")
+        self.page.wait_for_function("() => !document.querySelector('figure .chart:not([data-drawn])')")
 
     def check_quiet(self) -> None:
-        """There was no error, and nothing but the file itself was asked for."""
+        """There was no error and no warning, and nothing but the file itself was asked for."""
         assert self.said == []
         assert self.asked == [self.file.as_uri()]
 
@@ -97,7 +115,7 @@ def on(*pages: tuple[str, int, str]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("opened", pages, indirect=True, ids=["-".join(map(str, page)) for page in pages])
 
 
-@on(*[(name, 1280, "light") for name in (*RUNS, "several")], (RUNS[0], 400, "dark"), ("attribute-toy", 400, "dark"))
+@on(*[(name, 1280, "light") for name in (*RUNS, "several")], *[(name, 400, "dark") for name in RUNS])
 def test_every_page_opens_draws_all_and_asks_for_nothing(opened: Opened) -> None:
     opened.draw_all()
     page = opened.page
@@ -107,7 +125,7 @@ def test_every_page_opens_draws_all_and_asks_for_nothing(opened: Opened) -> None
     opened.check_quiet()
 
 
-@on(("attack", 1280, "light"))
+@on(*[(f"attack {name}", 1280, "light") for name in (RUNS[0], *LATER)])
 def test_markup_in_texts_is_shown_and_never_runs(opened: Opened) -> None:
     opened.draw_all()
     page = opened.page
@@ -146,6 +164,7 @@ def test_the_prompt_browser_shows_the_prompt_that_is_chosen(opened: Opened) -> N
     page.get_by_label("Prompt", exact=True).select_option(index=2)
     second = page.locator("[data-stream='clean'] .tokens").inner_text()
     assert second != first
+    page.locator(".prompts .chart").scroll_into_view_if_needed()
     token = page.locator("[data-stream='clean'] .tokens span").first.inner_text()
     drawn = "label => [...document.querySelectorAll('.prompts svg .role-axis-label text')]"
     page.wait_for_function(f"{drawn}.some((text) => text.textContent === label)", arg=f"0 {token}")
@@ -154,8 +173,52 @@ def test_the_prompt_browser_shows_the_prompt_that_is_chosen(opened: Opened) -> N
     assert page.locator("[data-stream='clean'] .tokens").inner_text() == first
     assert page.get_by_role("button", name="Previous").is_disabled()
     page.get_by_label("Effects of").select_option(label="z (block 1)")
-    page.wait_for_function("document.querySelector('.prompts svg .role-axis-title').textContent === 'head'")
+    page.wait_for_function("() => document.querySelector('.prompts svg .role-axis-title').textContent === 'head'")
     opened.check_quiet()
+
+
+MAPS = {
+    "ablate": ("head, mean", ("layer", "head", "effect on repeated_loss (nats per token)")),
+    "probe-toy": ("resid_post, mass_mean", ("layer", "read at", "probe says", "truth")),
+    "circuit-planted": ("kept, logit_diff, absolute scores", ("score", "share kept", "logit_diff")),
+}
+"""Of every kind a map of single prompts, and what its cells tell."""
+
+
+@on(*[(name, 1280, "light") for name in LATER])
+def test_prompts_of_every_kind_have_maps_whose_cells_tell_their_numbers(opened: Opened) -> None:
+    page = opened.page
+    title, names = MAPS[opened.file.stem]
+    page.locator(".prompts .chart").scroll_into_view_if_needed()
+    page.get_by_label("Effects of").select_option(label=title)
+    page.wait_for_function(
+        "title => document.querySelector('.prompts [role=img]')?.ariaLabel.startsWith(title)", arg=title
+    )
+    tokens = page.locator("[data-stream='clean'] .tokens").inner_text()
+    page.get_by_role("button", name="Next").click()
+    assert page.locator("[data-stream='clean'] .tokens").inner_text() != tokens
+    number = page.get_by_label("Prompt", exact=True).evaluate("pick => pick.selectedOptions[0].text.split(':')[0]")
+    page.wait_for_function(
+        "end => document.querySelector('.prompts [role=img]').ariaLabel.endsWith(end)", arg=f"prompt {number}"
+    )
+    cell = page.locator(".prompts .mark-rect.role-mark path").last
+    cell.scroll_into_view_if_needed()
+    cell.hover()
+    page.locator("#tip").wait_for(state="visible")
+    told = page.locator("#tip").inner_text().split("\n")
+    assert [name for name in names if name not in told] == []
+    opened.check_quiet()
+
+
+@on(*[(name, 1280, "light") for name in LATER])
+def test_figures_of_every_kind_tell_what_is_pointed_at(opened: Opened) -> None:
+    page = opened.page
+    opened.draw_all()
+    mark = page.locator("figure .role-mark.mark-symbol path, figure .role-mark.mark-rect path").last
+    mark.scroll_into_view_if_needed()
+    mark.hover(force=True)
+    page.locator("#tip").wait_for(state="visible")
+    assert len(page.locator("#tip").inner_text().split("\n")) >= 4
 
 
 @on((RUNS[0], 1280, "light"))
@@ -173,7 +236,7 @@ def test_tables_are_sorted_by_their_heads(opened: Opened) -> None:
     assert head.get_attribute("aria-sort") == "ascending"
 
 
-@on((RUNS[0], 1280, "light"))
+@on(*[(name, 1280, "light") for name in (RUNS[0], *LATER)])
 def test_everything_is_reached_and_worked_from_the_keyboard(opened: Opened) -> None:
     page = opened.page
     opened.draw_all()
@@ -199,7 +262,7 @@ def test_everything_is_reached_and_worked_from_the_keyboard(opened: Opened) -> N
     assert page.evaluate("document.documentElement.dataset.theme") == "dark"
     page.locator("figure summary").first.focus()
     page.keyboard.press("Enter")
-    assert page.locator("figure details[open] table").count() >= 1
+    page.locator("figure details[open] table").first.wait_for()
     opened.check_quiet()
 
 
@@ -235,5 +298,17 @@ def test_several_runs_are_compared_and_each_is_opened(opened: Opened) -> None:
     page.locator("details.run > summary").nth(2).click()
     page.locator("details.run[open] .answer").wait_for()
     assert "induction score" in page.locator("details.run[open] .answer").inner_text()
+    opened.draw_all()
+    opened.check_quiet()
+
+
+@on(*[(f"two of {name}", 1280, "dark") for name in LATER])
+def test_a_run_is_compared_with_another_of_its_kind(opened: Opened) -> None:
+    page = opened.page
+    opened.draw_all()
+    assert page.locator("[data-figure='scatter'] svg, [data-figure='scatter'] canvas").count() == 1
+    assert page.locator(".compared table").first.locator("tbody tr").count() >= 1
+    page.locator("details.run > summary").nth(1).click()
+    page.locator("details.run[open] .answer").wait_for()
     opened.draw_all()
     opened.check_quiet()

@@ -10,7 +10,7 @@ from rich.console import Group
 from mechinterp_cli.report.causal import causal_curves, causal_sentences, causal_tables, unit_of
 from mechinterp_cli.report.cells import figure, missing, number, text
 from mechinterp_cli.report.checkpoints import Checkpoints, checkpoints_of
-from mechinterp_cli.report.circuits import circuit_dots, circuit_tables
+from mechinterp_cli.report.circuits import circuit_dots, circuit_tables, set_sentences
 from mechinterp_cli.report.contrasts import Contrasts, contrast_dots, contrast_tables
 from mechinterp_cli.report.grid import Heatmap, HeatmapSpec, build_heatmap
 from mechinterp_cli.report.interactions import interaction_map, interaction_table, strongest_pairs
@@ -176,11 +176,13 @@ class AblateView:
         ]
 
     def answer(self) -> str:
-        """Which ablation is the strongest, and what the design's own table says."""
+        """What the design's own table says: of sets or of a ranking; else which ablation is the strongest."""
+        if sets := list(set_sentences(self.circuits)):
+            return " ".join(sets)
         first = next(iter(records(self.trials.strongest(1))), None)
         told = strongest_sentence(
             first,
-            where=self.trials.called(first, several=self.trials.several) if first else "",
+            where=self._named(first) if first else "",
             quantity=self.trials.quantity,
             measured="normalised effect" if self.trials.quantity == "normalized" else "effect",
             on=self.trials.metric,
@@ -189,6 +191,12 @@ class AblateView:
         ranked = causal_sentences(_ranked(self._first(self.curve)), pd.DataFrame(), noun=self.noun)
         sentences = [f"{words[:1].upper()}{words[1:]}" for words in ranked]
         return " ".join([told, *sentences] if first else sentences or [told])
+
+    def _named(self, row: Row) -> str:
+        """A trial in a sentence: `head 0.3 (mean ablation)`; a head's own name is its numbers alone."""
+        name, value = self.trials.called(row), text(row.get("ablation"))
+        kind = ("heads " if "+" in name else "head ") if name[:1].isdigit() and text(row.get("site")) == "head" else ""
+        return f"{kind}{name}{f' ({value} ablation)' if value else ''}"
 
     def tables(self, count: int) -> Sequence[tuple[str, Sequence[Mapping[str, Any]]]]:
         """The strongest trials, and what the design's own tables hold."""

@@ -17,6 +17,8 @@ from mechinterp_cli.text import counted
 SHARES = ("faithfulness", "completeness")
 BRIEF = 72
 """Narrower terminals get no intervals."""
+MAX_TOLD = 3
+"""Sets that are told of in sentences."""
 MAX_SETS = 40
 """More are in the table alone."""
 _COLUMNS = {
@@ -95,6 +97,21 @@ def circuit_tables(
         ]
         lines = (": ".join(filter(None, (f"sets, {ablation} ablation: {metric}", ", ".join(ends)))),)
         yield text_table(cells, _COLUMNS, lines=lines, width=width, plain=plain, notes=_NOTES)
+
+
+def set_sentences(rows: pd.DataFrame) -> Iterator[str]:
+    """What the first sets alone have of the behaviour, and what is lost without them, under the first ablation.
+
+    Args:
+        rows: The circuits table's rows of one metric and checkpoint.
+    """
+    first = records(having(rows, ablation=distinct(rows, "ablation")[0])) if len(rows) else []
+    for row in first[:MAX_TOLD]:
+        alone, without = (_share(row, share, brief=False) for share in SHARES)
+        yield (
+            f"The set {text(row['set'])} alone has {alone} of the behaviour (faithfulness); what is lost without it is "
+            f"{without} (completeness; {text(row['ablation'])} ablation, n = {text(row['n'])})."
+        )
 
 
 def _share(row: Row, share: str, *, brief: bool) -> str:

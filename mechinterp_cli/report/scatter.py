@@ -111,7 +111,9 @@ def chart(scatter: Scatter) -> alt.ConcatChart:
     title = head_lines(scatter.title, scatter.lines, room)
     last = min(ACROSS, len(scatter.panels)) - 1
     panels = [_panel(panel, scatter.kinds, with_legend=i == last) for i, panel in enumerate(scatter.panels)]
-    whole = alt.concat(*panels, columns=ACROSS, title=title, spacing=24).resolve_scale(color="independent")
+    whole = alt.concat(*panels, columns=ACROSS, title=title, spacing=24).resolve_scale(
+        color="independent", shape="independent"
+    )
     drawn: alt.ConcatChart = whole.configure_view(stroke="#999999").configure_axis(gridColor="#eeeeee")
     return drawn
 

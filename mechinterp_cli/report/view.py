@@ -146,20 +146,35 @@ def outcome(path: Path, manifest: Manifest, view: View) -> RunOutcome:
 
 
 def proof_notes(engine: Mapping[str, Any]) -> list[str]:
-    """The worst deviation of all that the run proved, in one line: jobs, and the models of several checkpoints.
+    """What the run proved, a line each: the worst deviation of all jobs and checkpoints, and that of patched edges.
 
     Args:
         engine: The manifest's.
     """
     parts = engine.get("parts") or [engine]
+    return [*_executors_proof(parts), *_edges_proof(parts)]
+
+
+def _executors_proof(parts: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     proofs = [part["proof"] for part in parts if part.get("proof")]
     if not proofs:
-        return []
+        return
     worst = max(proofs, key=lambda proof: float(proof["deviation"]))
     names = " and ".join(sorted({proof["executor"] for proof in proofs}))
     among = f", the worst of {len(proofs)} proofs" if len(proofs) > 1 else ""
-    return [
+    yield (
         f"proved: executor {names} agrees with plain hooks to {worst['deviation']:.1e} of the logits' "
         f"scale ({worst['tolerance']:.0e} allowed) on {counted(worst['trials'], 'trial')} of "
         f"{counted(worst['length'], 'token')}{among}"
-    ]
+    )
+
+
+def _edges_proof(parts: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    proofs = [float(found) for part in parts for found in (part.get("edges_proved") or {}).values()]
+    sums = [float(part["residual_sum"]) for part in parts if part.get("residual_sum") is not None]
+    if proofs and sums:
+        yield (
+            f"proved: what all parts write adds up to the residual stream to {max(sums):.1e} of its largest element; "
+            "with every edge kept, and with every edge patched, logits are the model's own to "
+            f"{max(proofs):.1e} of their scale"
+        )

@@ -8,6 +8,7 @@ import pandas as pd
 import pyarrow as pa
 
 from mechinterp_cli.errors import RunError
+from mechinterp_cli.report.labels import show_text
 from mechinterp_cli.report.page.comparison import comparison_content
 from mechinterp_cli.report.page.content import PageSource, run_content
 from mechinterp_cli.report.page.prompts import USES
@@ -83,8 +84,10 @@ def page_of_runs(paths: Sequence[Path]) -> bytes:
     contents = [_finished(path) for path in paths]
     if len(contents) == 1:
         return document(contents[0]["title"], {"runs": contents})
+    # A page of one run is the same wherever the run lies.
+    contents = [one | {"directory": show_text(path.resolve().name)} for one, path in zip(contents, paths, strict=True)]
     title = f"{len(contents)} runs compared"
-    return document(title, {"title": title, "runs": contents, "comparison": comparison_content(paths, contents)})
+    return document(title, {"title": title, "runs": contents, "comparison": comparison_content(paths)})
 
 
 def _finished(path: Path) -> dict[str, Any]:

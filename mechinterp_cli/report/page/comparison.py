@@ -22,25 +22,13 @@ AGREEMENT = {
 """Columns of the agreement that are shown, and their names."""
 
 
-def comparison_content(paths: Sequence[Path], contents: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The runs in a table, and every later run beside the first.
+def comparison_content(paths: Sequence[Path]) -> dict[str, Any]:
+    """Every later run beside the first.
 
     Args:
         paths: Run directories, two at least.
-        contents: What the page says of each.
     """
-    rows = [
-        [at, show_text(path.resolve().name), one["title"], one["answer"]]
-        for at, (path, one) in _numbered(paths, contents)
-    ]
-    runs = {"title": "Runs", "columns": ["run", "directory", "what", "answer"], "rows": rows}
-    return {"runs": runs, "pairs": [_pair(at, paths[0], path) for at, path in enumerate(paths[1:], start=2)]}
-
-
-def _numbered(
-    paths: Sequence[Path], contents: Sequence[Mapping[str, Any]]
-) -> Sequence[tuple[int, tuple[Path, Mapping[str, Any]]]]:
-    return list(enumerate(zip(paths, contents, strict=True), start=1))
+    return {"pairs": [_pair(at, paths[0], path) for at, path in enumerate(paths[1:], start=2)]}
 
 
 def _pair(at: int, first: Path, other: Path) -> dict[str, Any]:

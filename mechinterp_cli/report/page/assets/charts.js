@@ -24,7 +24,8 @@ function fieldNames(spec) {
   const visit = (part) => {
     if (!part || typeof part !== "object") return;
     for (const channel of Object.values(part.encoding ?? {})) {
-      const title = channel.title ?? channel.legend?.title;
+      const given = channel.title ?? channel.legend?.title;
+      const title = Array.isArray(given) ? given.join(" ") : given;
       if (channel.field && typeof title === "string") found[channel.field] ??= title;
     }
     for (const key of ["layer", "concat", "hconcat", "vconcat"]) (part[key] ?? []).forEach(visit);
@@ -68,10 +69,16 @@ function themed(spec) {
   return { ...(isDark() ? forDark(rest) : rest), config };
 }
 
-// Black lines and letters become light ones; the black of cells that are NaN stays.
+const LIGHTER = { "#444444": "#a9b0ba", "#000000": "#eceef1", "#2166ac": "#67a9cf", "#b2182b": "#ef8a62" };
+
+// Black lines and letters become light ones, and the ends of the colours where these are of lines; the black of cells
+// that are NaN stays, and so do the colours of maps, whose middle is white.
 function forDark(spec) {
-  const words = JSON.stringify(spec).replaceAll('"#444444"', '"#a9b0ba"');
-  return JSON.parse(words.includes('"NaN"') ? words : words.replaceAll('"#000000"', '"#eceef1"'));
+  const words = JSON.stringify(spec);
+  const isMap = words.includes('"#d1e5f0"'), stays = isMap ? ["#2166ac", "#b2182b"] : [];
+  if (words.includes('"NaN"')) stays.push("#000000");
+  const changed = Object.keys(LIGHTER).filter((colour) => !stays.includes(colour));
+  return JSON.parse(changed.reduce((told, colour) => told.replaceAll(`"${colour}"`, `"${LIGHTER[colour]}"`), words));
 }
 
 // In a narrow window panels stand below each other, and legends below their panel.
@@ -82,10 +89,19 @@ function fitted(spec, room) {
   return { ...JSON.parse(below), ...(spec.concat ? { columns: 1 } : {}) };
 }
 
+// Expressions are interpreted here (the policy allows no other way), so what needs one for every cell is left out:
+// labels that a canvas does not have, and the search for numbers that are none, which cells do not hold.
+function quick(spec) {
+  const config = { ...spec.config, aria: false, rect: { ...spec.config.rect, invalid: null } };
+  return { ...spec, config };
+}
+
 async function draw(holder, spec, datasets, label) {
   const rows = Object.values(datasets).reduce((sum, part) => sum + part.length, 0);
-  const whole = { ...fitted(themed(spec), holder.parentElement?.clientWidth || innerWidth), datasets };
-  const renderer = rows > MANY ? "canvas" : "svg";
+  const many = rows > MANY;
+  const shown = fitted(themed(spec), holder.parentElement?.clientWidth || innerWidth);
+  const whole = { ...(many ? quick(shown) : shown), datasets };
+  const renderer = many ? "canvas" : "svg";
   const tooltip = tooltipOf(fieldNames(spec));
   const options = { mode: "vega-lite", actions: false, ast: true, renderer, tooltip, logLevel: ERRORS };
   const place = element("div");
@@ -97,29 +113,68 @@ async function draw(holder, spec, datasets, label) {
     picture.setAttribute("role", "img");
     picture.setAttribute("aria-label", label);
   }
-  holder.dataset.drawn = "yes";
+  holder.dataset.drawn = Math.round(performance.now()); // milliseconds since the page was asked for
   return made;
+}
+
+// Charts are drawn one after another, those in the window first; what is near it waits until the page rests.
+const waiting = new Set();
+const NEAR = 400; // pixels
+let drawing = false;
+const rest = window.requestIdleCallback ?? ((callback) => setTimeout(callback, 50));
+const frame = () => new Promise((done) => { requestAnimationFrame(() => setTimeout(done)); setTimeout(done, 100); });
+
+function isSeen(holder) {
+  const box = holder.getBoundingClientRect();
+  return box.bottom > 0 && box.top < innerHeight;
+}
+
+async function drawWaiting() {
+  if (drawing) return;
+  drawing = true;
+  while (waiting.size) {
+    await frame();
+    const next = [...waiting].find(isSeen);
+    if (!next) await new Promise((done) => rest(done));
+    const holder = next ?? [...waiting].find(isSeen) ?? [...waiting][0];
+    waiting.delete(holder);
+    try {
+      await holder.begin();
+    } catch (problem) {
+      console.error(problem);
+      holder.replaceChildren(text("p", "This figure could not be drawn.", { class: "faint" }));
+    }
+  }
+  drawing = false;
 }
 
 const watcher = new IntersectionObserver((entries) => {
   for (const entry of entries) {
-    if (entry.isIntersecting && entry.target.begin) {
+    if (entry.isIntersecting) {
       watcher.unobserve(entry.target);
-      entry.target.begin();
+      waiting.add(entry.target);
     }
   }
-}, { rootMargin: "400px" });
+  drawWaiting();
+}, { rootMargin: `${NEAR}px` });
+
+// Have a holder's chart drawn when it comes near the window, and again for another theme.
+function drawLater(holder, begin) {
+  holder.begin = async () => {
+    drawn.push(begin);
+    await begin();
+  };
+  watcher.observe(holder);
+}
 
 function chart(figure) {
-  const datasets = Object.fromEntries(Object.entries(figure.data).map(([name, data]) => [name, rowsOf(data)]));
   const holder = element("div", { class: "chart waiting" });
   let made = null;
-  const again = async () => {
+  drawLater(holder, async () => {
+    const rows = Object.fromEntries(Object.entries(figure.data).map(([name, data]) => [name, rowsOf(data)]));
     if (made) made.finalize();
-    made = await draw(holder, figure.spec, datasets, figure.title);
-  };
-  holder.begin = () => { drawn.push(again); again(); };
-  watcher.observe(holder);
+    made = await draw(holder, figure.spec, rows, figure.title);
+  });
   return holder;
 }
 

@@ -68,8 +68,16 @@ function pairElement(pair) {
     tableElements(pair.tables[0]), figureElement(pair.figure), pair.tables.slice(1).map(tableElements));
 }
 
+// The runs in short; a table would have one narrow column of sentences.
+function runsElement(runs) {
+  return element("section", { class: "runs" }, runs.map((run, at) => element("div", {},
+    text("h2", `Run ${at + 1}: ${run.title}`),
+    facts([["directory", run.directory], ["model", Object.fromEntries(run.asked).model]]),
+    text("p", run.answer, { class: "answer" }))));
+}
+
 function comparisonElements() {
-  return [text("h1", data.title), ...tableElements(data.comparison.runs), ...data.comparison.pairs.map(pairElement)];
+  return [text("h1", data.title), runsElement(data.runs), ...data.comparison.pairs.map(pairElement)];
 }
 
 // A run among others: its sections are made when it is opened.

@@ -17,13 +17,13 @@ function promptBrowser(data, colours) {
     data.maps.length > 1 ? element("label", {}, "Effects of", which) : null));
   const pair = element("div", { class: "pair" });
   const about = element("p", { class: "faint", "aria-live": "polite" });
-  const chartHolder = element("div", { class: "chart" });
+  const chartHolder = element("div", { class: "chart waiting" });
   const scroll = { class: "scroll", tabindex: "0", role: "region", "aria-label": "Map of this prompt" };
   const mapPart = element("div", {}, text("h3", "This prompt's own map"), element("div", scroll, chartHolder));
   section.append(about, pair, mapPart);
-  let made = null, turn = 0;
+  let made = null, turn = 0, near = false, pending = null;
 
-  const show = async () => {
+  const show = () => {
     const prompt = data.prompts[pick.selectedIndex], map = data.maps[which.selectedIndex];
     back.disabled = pick.selectedIndex === 0;
     next.disabled = pick.selectedIndex === data.prompts.length - 1;
@@ -33,17 +33,23 @@ function promptBrowser(data, colours) {
     pair.replaceChildren(...prompt.streams.map((stream) => streamElement(stream, prompt, strongest, scale)));
     about.textContent = map ? aboutText(map, prompt, cells, strongest, scale) : "";
     mapPart.hidden = !cells.length;
-    const mine = (turn += 1);
-    if (!cells.length) return;
-    const spec = mapSpec(map, cells, scale, colours);
-    const result = await draw(chartHolder, spec, { cells }, `${map.title}: prompt ${prompt.prompt}`);
-    if (mine !== turn) result.finalize();
-    else {
-      if (made) made.finalize();
-      made = result;
-    }
+    turn += 1;
+    pending = cells.length ? [mapSpec(map, cells, scale, colours), { cells }, `${map.title}: prompt ${prompt.prompt}`] : null;
+    if (near) drawMap();
   };
-  drawn.push(() => show());
+  // Maps are drawn one after another; of several asked for at once the last alone.
+  let last = Promise.resolve();
+  const drawMap = () => {
+    near = true;
+    const mine = turn;
+    last = last.then(async () => {
+      if (mine !== turn || !pending) return;
+      if (made) made.finalize();
+      made = await draw(chartHolder, ...pending);
+    });
+    return last;
+  };
+  drawLater(chartHolder, drawMap);
   // The first prompt that has something to show.
   const first = data.prompts.findIndex((prompt) => data.maps.some((map) => map.values[prompt.prompt]));
   pick.selectedIndex = Math.max(0, first);
@@ -139,6 +145,7 @@ function mapSpec(map, cells, scale, colours) {
     data: { name: "cells" },
     width: { step: columns.length > 60 ? 8 : columns.length > 6 ? 26 : 46 },
     height: { step: rows.length > 40 ? 9 : rows.length > 6 ? 15 : 26 },
+    ...(cells.length < rows.length * columns.length ? { view: { fill: isDark() ? "#2b2f36" : "#e9e9e9" } } : {}),
     encoding: {
       x: { field: "column", type: "nominal", scale: { domain: columns }, title: map.axis || null,
         axis: { labelAngle: short ? 0 : -60, labelLimit: 150 } },
