@@ -387,6 +387,16 @@ def test_the_planted_config_of_circuit_leaves_a_whole_run_directory(tmp_path: Pa
     assert len(list((folder / "circuits").iterdir())) > 0
 
 
+def test_the_config_of_circuits_of_neurons_leaves_a_whole_run_directory(tmp_path: Path, run: Main) -> None:
+    source = ROOT / "configs" / "circuit-neurons-toy.yaml"
+    few = ["task.n=6", "circuit.random.draws=1", "circuit.tests.inflated=2", "circuit.stability.draws=5"]
+    folder = run_config(run, source, tmp_path / "runs", *[part for item in few for part in ("--set", item)])
+    tables = CIRCUIT | {"summary", "baselines", "stability", "tests", "minimality", "completeness", "prompts"}
+    # Graphs of three rankings and the reference; the curves; heads and neurons taken out. No JSON.
+    check_files(folder, source, 3 + 1 + 1 + 1, {f"{table}.parquet" for table in tables})
+    assert not (folder / "circuits").exists()
+
+
 @pytest.mark.usefixtures("fetched")
 @pytest.mark.parametrize(
     ("name", "scores"),
@@ -414,7 +424,7 @@ def test_every_config_is_run_here_and_listed_in_the_readme() -> None:
         "ablate-text", "ablate-toy",
         "attribute-direct", "attribute-estimators", "attribute-ioi", "attribute-lens", "attribute-relp",
         "attribute-tokens", "attribute-tokens-corrupt", "attribute-toy",
-        "circuit-greater-than", "circuit-ioi", "circuit-planted",
+        "circuit-greater-than", "circuit-ioi", "circuit-neurons-toy", "circuit-planted",
         "heads-ioi", "heads-smollm2", "heads-toy",
         "probe-number", "probe-toy", "probe-truth",
         "patch-facts-tracing", "patch-induction-toy", "patch-ioi", "patch-ioi-heads", "patch-paths-toy",

@@ -23,6 +23,13 @@ PAPER, INK = "#f4f4f4", "#1b1b1b"
 SIGNS = {"helps": (COLOURS[-1], [1, 0]), "hurts": (COLOURS[0], [5, 3]), "": (FAINT, [1, 0])}
 """Colour and dash of an outline, as the colours alone are lost in a grey print; grey where there is no score."""
 
+_SQUARE: dict[str, Any] = {
+    "symbolType": "square",
+    "symbolSize": 150,
+    "symbolStrokeWidth": 2,
+    "symbolFillColor": PAPER,
+}
+
 
 def drawing(picture: NeuronPicture) -> Drawing:
     """The circuit as a picture."""
@@ -51,8 +58,7 @@ def _outlines(boxes: list[dict[str, Any]], x: alt.X, y: alt.Y) -> alt.Chart:
     """The boxes, and a legend of the signs that there are."""
     signs = [sign for sign in SIGNS if any(box["sign"] == sign for box in boxes)]
     colours, dashes = ([SIGNS[sign][at] for sign in signs] for at in (0, 1))
-    symbols = {"symbolType": "square", "symbolSize": 150, "symbolStrokeWidth": 2, "symbolFillColor": PAPER}
-    legend = alt.Legend(title=None, values=[sign for sign in signs if sign], **symbols) if any(signs) else None
+    legend = alt.Legend(title=None, values=[sign for sign in signs if sign], **_SQUARE) if any(signs) else None
     drawn: alt.Chart = (
         alt.Chart(inline(boxes))
         .mark_rect(color=PAPER, cornerRadius=4, opacity=1)
