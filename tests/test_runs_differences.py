@@ -94,6 +94,11 @@ def verification(**cells: Any) -> pa.Table:
     return validate("verification", [row | {"pearson": 0.9, "spearman": 0.8} | cells], "attribute")
 
 
+def members(**cells: Any) -> pa.Table:
+    row = {"score": "eap", "rank": "signed", "edge": 1, "source": "embed", "target": "a0.h1.q", "input": "q"}
+    return validate("members", [row | {"size": 0.1} | cells], "circuit")
+
+
 def edges(**cells: Any) -> pa.Table:
     row = {"score": "eap", "metric": "kl", "edge": 1, "source": "embed", "target": "a0.h1.q", "input": "q"}
     return validate("edges", [row | {"signed": 5, "absolute": 6} | cells], "circuit")
@@ -106,6 +111,7 @@ def edges(**cells: Any) -> pa.Table:
         ("verification", verification, "mean_difference", {"spearman": 0.7}),
         ("edges", edges, "value", {"signed": 4}),
         ("edges", edges, "value", {"absolute": 7}),
+        ("members", members, "value", {"size": 0.2}),
     ],
 )
 def test_the_order_of_next_to_nothing_may_change_and_that_of_other_numbers_may_not(

@@ -15,11 +15,15 @@ from mechinterp_cli.runs.schema import table_keys
 INFERRED = frozenset(
     {"ci_low", "ci_high", "cluster_low", "cluster_high", "difference_low", "difference_high"}
     | {"ci_method", "p", "p_adjusted", "p_method", "verdict"}
-    | {"pearson", "spearman", "signed", "absolute"}
+    | {"verification.pearson", "verification.spearman", "edges.signed", "edges.absolute", "members.size"}
 )
-"""What statistics make of the numbers. Compared where the effect is the same to the last bit and beyond the tolerance:
-elsewhere a sign that rounding turned can tip a p-value, and rounding alone decides how numbers that are next to nothing
-are correlated, and which of two comes first. The numbers themselves are what counts."""
+"""What statistics make of the numbers (`table.column` where a name means this in one table alone). Compared where the
+effect is the same to the last bit and well beyond the tolerance: elsewhere a sign that rounding turned can tip a
+p-value, and rounding alone decides how numbers that are next to nothing are correlated, and which of two comes first.
+The numbers themselves are what counts."""
+
+_WELL_BEYOND = 10
+"""Times the tolerance. A mean that is hardly more may be of one prompt, and what the others are is rounding."""
 
 MEASURED = ("effect", "value", "mean", "difference", "score", "statistic", "mean_difference")
 """What a table's statistics are of: the first of these that it has as numbers."""
@@ -85,7 +89,8 @@ def table_differences(name: str, recorded: pa.Table, repeated: pa.Table, toleran
     before, now = before.loc[shared], now.loc[shared]
     for column in dict.fromkeys([*before.columns, *now.columns]):
         if column not in keys:
-            rows = _inferred_alike(before, now, tolerance) if column in INFERRED else slice(None)
+            inferred = column in INFERRED or f"{name}.{column}" in INFERRED
+            rows = _inferred_alike(before, now, tolerance) if inferred else slice(None)
             found += _column_differences(name, keys, before[rows], now[rows], str(column), tolerance)
     return sorted(found, key=lambda difference: -difference.size)
 
@@ -94,7 +99,7 @@ def _inferred_alike(before: pd.DataFrame, now: pd.DataFrame, tolerance: Toleranc
     """Rows whose statistics must be the same (see `INFERRED`)."""
     column = next(name for name in MEASURED if name in before and is_numeric_dtype(before[name]))
     first, second = (frame[column].to_numpy(dtype=np.float64, na_value=np.nan) for frame in (before, now))
-    alike: npt.NDArray[np.bool_] = (first == second) & (np.abs(first) > tolerance.atol)
+    alike: npt.NDArray[np.bool_] = (first == second) & (np.abs(first) > _WELL_BEYOND * tolerance.atol)
     return alike
 
 

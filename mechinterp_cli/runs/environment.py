@@ -1,5 +1,6 @@
 """What a run ran on: packages, git, machine. Never environment variables, never credentials."""
 
+import functools
 import os
 import platform
 import subprocess
@@ -19,13 +20,17 @@ _GIT_SECONDS = 10
 
 def package_versions() -> dict[str, str]:
     """Give the versions of Python and of every package that bears on the numbers, without importing them."""
-    versions = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return versions
+    found = {package: version for package in _PACKAGES if (version := _version(package)) is not None}
+    return {"python": platform.python_version(), **found}
+
+
+@functools.cache  # a tenth of a small run otherwise, as often as a process makes one
+def _version(package: str) -> str | None:
+    """The version of an installed package."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def git_state(folder: Path) -> dict[str, Any] | None:
