@@ -62,11 +62,22 @@ def only_run(root: str = "runs") -> Path:
     return run
 
 
+@pytest.fixture(scope="module")
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that nothing stopped."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(plan, "ROWS_PER_UNIT", 64)
+        Path("c.yaml").write_text(yaml.safe_dump(CONFIG))
+        assert main(["patch", "c.yaml", "--out", "whole", "--quiet"]) == 0
+    return folder / "whole"
+
+
 @pytest.fixture
-def undisturbed(capfd: pytest.CaptureFixture[str]) -> dict[str, bytes]:
-    """The tables of a run that nothing stopped."""
-    assert main(["patch", "c.yaml", "--out", "whole", "--quiet"]) == 0
-    capfd.readouterr()
+def undisturbed(made_once: Path) -> dict[str, bytes]:
+    """The tables of a run that nothing stopped; it is in `whole`."""
+    shutil.copytree(made_once, "whole")
     run = only_run("whole")
     units = Manifest.read(run).engine["parts"][0]["plan"]["units"]
     assert len(units) == Manifest.read(run).units_done >= UNITS
@@ -100,8 +111,15 @@ def saved_lines(run: Path) -> Counter[str]:
     return Counter(line for line in lines if line.endswith(" is saved"))
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), Terminated("SIGTERM"), RuntimeError("a fault of ours")])
-@pytest.mark.parametrize("units", [0, 5])
+@pytest.mark.parametrize(
+    ("error", "units"),
+    [
+        (KeyboardInterrupt(), 0),
+        (KeyboardInterrupt(), 5),
+        (Terminated("SIGTERM"), 5),
+        (RuntimeError("a fault of ours"), 5),
+    ],
+)
 def test_going_on_gives_the_same_bytes_and_computes_nothing_twice(
     undisturbed: dict[str, bytes],
     monkeypatch: pytest.MonkeyPatch,
