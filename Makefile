@@ -21,11 +21,13 @@ slow: $(STAMP)
 	$(BIN)/mechinterp models fetch smollm2-135m-instruct
 	$(BIN)/python -m pytest -m slow
 
-# Repeats the committed runs and fails when a number moved.
+# Repeats the committed runs and fails when a number moved. All in one process: to import torch and transformers takes
+# longer than a run.
+REPRODUCE := import sys; from mechinterp_cli.cli.main import main; \
+	repeat = lambda run: main(["verify", run]) or main(["reproduce", run, "--out", "runs/reproduced"]); \
+	sys.exit(next((code for code in map(repeat, sys.argv[1:]) if code), 0))
 reproduce: $(STAMP)
-	for run in runs/reference/*/; do \
-		$(BIN)/mechinterp verify $$run && $(BIN)/mechinterp reproduce $$run --out runs/reproduced || exit $$?; \
-	done
+	OMP_NUM_THREADS=1 $(BIN)/python -c '$(REPRODUCE)' runs/reference/*/
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
