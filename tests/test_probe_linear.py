@@ -28,7 +28,8 @@ def test_ridge_is_scikit_learns(kind: str, standardise: bool) -> None:
             for number, alpha in enumerate(ALPHAS):
                 wanted = SklearnRidge(alpha=alpha, solver="svd").fit(scaled[mask], y[mask].numpy())
                 found = fitted.coefficients[site, fold, number].numpy()
-                assert np.linalg.norm(found - wanted.coef_) <= 1e-6 * np.linalg.norm(wanted.coef_)
+                # Features of unequal scales lose half of the digits; 1.3e-6 was seen on another processor.
+                assert np.linalg.norm(found - wanted.coef_) <= 1e-5 * np.linalg.norm(wanted.coef_)
                 score = r2_score(y[~mask].numpy(), wanted.predict(scaled[~mask]))
                 assert float(scores[site, fold, number]) == pytest.approx(score, abs=1e-6)
 
