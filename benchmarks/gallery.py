@@ -65,7 +65,7 @@ def files(config: str) -> dict[str, str | None]:
     if figures is None:
         return {f"{config}.png": None}
     first, *others = figures
-    return {f"{config}.png": first} | {f"{config}-{_short(figure)}.png": figure for figure in others}
+    return {f"{config}.png": first, **{f"{config}-{_short(figure)}.png": figure for figure in others}}
 
 
 def _short(figure: str) -> str:

@@ -23,8 +23,8 @@ class Picture(Protocol):
     def spec(self) -> dict[str, Any]:
         """The Vega-Lite specification with all its data."""
 
-    def png(self) -> bytes:
-        """The picture as PNG."""
+    def png(self, *, scale: float = 2.0) -> bytes:
+        """The picture as PNG, with so many pixels per unit."""
 
     def svg(self) -> bytes:
         """The picture as SVG, UTF-8."""
