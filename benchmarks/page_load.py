@@ -40,7 +40,7 @@ SEEN = """[...document.querySelectorAll('.chart')].filter((chart) => {
   const box = chart.getBoundingClientRect();
   return box.height && box.top < innerHeight && box.bottom > 0;
 })"""
-DRAWN = f"document.querySelector('.answer') && {SEEN}.every((chart) => chart.dataset.drawn)"
+DRAWN = f"() => document.querySelector('.answer') && {SEEN}.every((chart) => chart.dataset.drawn)"
 WHEN = f"Math.max(0, ...{SEEN}.map((chart) => Number(chart.dataset.drawn)))"
 SETTLED = "new Promise((done) => setTimeout(() => requestIdleCallback(done), 500))"
 CLOCKED = """() => new Promise((done) => {

@@ -175,3 +175,9 @@ def test_other_methods_runs_have_no_such_maps() -> None:
     tables = read_tables(reference("patch-induction-toy"), {})
     assert not list(probe_maps(tables))
     assert not list(circuit_maps(Manifest.read(reference("patch-induction-toy")), tables))
+
+
+def test_probes_colour_the_tokens_that_they_read_alone() -> None:
+    assert one_map(predictions()).stream == "clean"
+    tables = read_tables(CIRCUIT, {})
+    assert {one.stream for one in circuit_maps(Manifest.read(CIRCUIT), tables)} == {""}

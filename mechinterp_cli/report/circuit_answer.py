@@ -7,8 +7,8 @@ from mechinterp_cli.report.circuit_curves import circuit_name
 from mechinterp_cli.report.rows import Row
 
 AREAS = {
-    "cpr": "Circuits of the highest {score} scores keep {value} of {metric}, the mean over their sizes (CPR, 1 is all"
-    "{beside}).",
+    "cpr": "Circuits of the highest {score} scores keep {value} of {metric}, the mean over their sizes (CPR, 1 is as "
+    "much as the whole model{beside}).",
     "cmd": "Circuits of the largest {score} scores of either sign are {value} away from the whole model, the mean over "
     "their sizes (CMD, 0 is best{beside}).",
 }

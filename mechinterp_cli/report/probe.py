@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import pandas as pd
 
-from mechinterp_cli.report.cells import figure, missing, text
+from mechinterp_cli.report.cells import figure, missing, number, text
 from mechinterp_cli.report.checkpoints import checkpoints_of
 from mechinterp_cli.report.grid import Heatmap
 from mechinterp_cli.report.patch import first_tokens
@@ -114,10 +114,16 @@ class ProbeView:
         if best is None:
             return "No probe has a score."
         known = [(NAMES[name], score) for name, score in self._beside(best).items() if not math.isnan(score)]
+        control = number(best["score"]) - number(best.get("selectivity"))
+        known += [] if math.isnan(control) else [("control labels", control)]
         beside = ", ".join(f"{name} {figure(score)}" for name, score in known)
         told = f"The best of {len(self.scores.own):,} probes is {text(best['probe'])} at {text(best['label'])}:"
         told += f" {self.scores.measure} {figure(best['score'])}{certainty(best)}"
-        return " ".join([f"{told}{f', beside {beside}' if beside else ''}.", *verdict_sentences(self.verdicts)])
+        told += f"{f', beside {beside}' if beside else ''}."
+        if control >= number(best["score"]):
+            told += " Labels drawn for each word are learnt as well (control): the score shows little of the model."
+        verdicts = (f"{words[:1].upper()}{words[1:]}" for words in verdict_sentences(self.verdicts))
+        return " ".join([told, *verdicts])
 
     def tables(self, count: int) -> Sequence[tuple[str, Sequence[Mapping[str, Any]]]]:
         """The best probes, and the verdicts."""

@@ -79,7 +79,8 @@ def _asked(manifest: Manifest) -> Iterator[tuple[str, str]]:
     revision = "" if moments else str(model.get("revision") or "")
     yield "model", ", ".join(filter(None, (str(model.get("id", "")) + along, revision, kind)))
     yield "method", f"{manifest.subcommand}: {manifest.display.get('title', manifest.name)}"
-    yield "metrics", ", ".join(map(str, config.get("metrics") or ()))
+    if manifest.subcommand != "probe" or (config.get("probe") or {}).get("causal"):
+        yield "metrics", ", ".join(map(str, config.get("metrics") or ()))
     if manifest.display.get("scale"):
         yield "scale", manifest.display["scale"]
 

@@ -77,6 +77,7 @@ def _map(title: str, rows: pd.DataFrame, column: str) -> PromptMap:
         told={prompt: _told(part, len(cells)) for prompt, part in by_prompt.items()},
         wrong={prompt: _wrong(part, len(cells)) for prompt, part in by_prompt.items()} if classes else {},
         about={prompt: _about(part) for prompt, part in by_prompt.items()} if classes else {},
+        stream="clean",
         absent=ABSENT,
     )
 

@@ -52,6 +52,8 @@ class PromptMap:
     """By prompt which cells are marked as wrong, `[cells]`."""
     about: Mapping[int, str] = field(default_factory=dict)
     """By prompt a sentence about all cells."""
+    stream: str = ""
+    """The only stream whose tokens the values are of; empty: they are of all."""
     absent: str = ""
     """What is said of a prompt that has no cell."""
 

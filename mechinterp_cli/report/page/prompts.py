@@ -130,6 +130,7 @@ def _map(one: PromptMap, numbers: Sequence[int]) -> dict[str, Any]:
         "columns": list(one.columns),
         "cells": [list(cell) for cell in one.cells],
         "scale": one.scale,
+        "stream": one.stream,
         "absent": one.absent,
         "values": {str(number): [plain(float(value)) for value in one.values[number]] for number in there},
         "words": words,

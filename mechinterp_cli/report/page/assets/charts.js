@@ -4,6 +4,7 @@ const FIELD_NAMES = { p: "adjusted p", kind: "", series: "" };
 const ERRORS = 1; // Vega's level of what it writes to the console
 const NARROW = 620; // pixels
 const ACROSS = 180; // pixels of a legend's colours that lie below their panel
+const BELOW = { bottom: { anchor: "start", direction: "vertical", margin: 6 } }; // several legends below a panel
 const MANY = 3000; // marks: from here on a canvas is quicker than elements
 const drawn = []; // functions that draw again, for another theme
 
@@ -84,7 +85,7 @@ function forDark(spec) {
 // In a narrow window panels stand below each other, and legends below their panel.
 function fitted(spec, room) {
   if (room >= NARROW) return spec;
-  const config = { ...spec.config, legend: { ...spec.config.legend, orient: "bottom", columns: 1 } };
+  const config = { ...spec.config, legend: { ...spec.config.legend, orient: "bottom", columns: 1, layout: BELOW } };
   const below = JSON.stringify({ ...spec, config }).replaceAll(/"gradientLength":\d+/g, `"gradientLength":${ACROSS}`);
   return { ...JSON.parse(below), ...(spec.concat ? { columns: 1 } : {}) };
 }

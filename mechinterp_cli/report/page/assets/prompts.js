@@ -30,7 +30,10 @@ function promptBrowser(data, colours) {
     const cells = map ? cellsOf(map, prompt) : [];
     const scale = map ? scaleOf(map, cells) : null;
     const strongest = strongestByPosition(cells, scale);
-    pair.replaceChildren(...prompt.streams.map((stream) => streamElement(stream, prompt, strongest, scale)));
+    pair.replaceChildren(...prompt.streams.map((stream) => {
+      const told = !map?.stream || map.stream === stream.name;
+      return streamElement(stream, prompt, told ? strongest : new Map(), scale);
+    }));
     about.textContent = map ? aboutText(map, prompt, cells, strongest, scale) : "";
     mapPart.hidden = !cells.length;
     turn += 1;
