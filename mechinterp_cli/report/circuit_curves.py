@@ -53,7 +53,7 @@ def faithfulness_curves(
         f"{circuit_name(row)}: {figure(row['faithfulness'])} with {words.counted(int(row['kept']))}"
         for row in records(given)
     ]
-    told = f"0: every edge patched, 1: the whole model. {_bands(ranked, level)}"
+    told = f"0: every {words.one} patched, 1: the whole model. {_bands(ranked, level)}"
     return Curves(
         title=f"Faithfulness of circuits, {metric}",
         lines=tuple(filter(None, (", ".join(about), told, "; ".join(others)))),

@@ -53,7 +53,8 @@ class CircuitExperiment(Experiment):
 
     def display(self) -> dict[str, str]:
         """The task, and what 0 and 1 mean."""
-        scale = "0: every edge patched, 1: the whole model."
+        part = "edge" if self.layout.topology.level == "edges" else "head and neuron"
+        scale = f"0: every {part} patched, 1: the whole model."
         return {"title": f"{self.prompts.task}, circuits of {self.layout.options.granularity}", "scale": scale}
 
     def facts(self) -> dict[str, Any]:
