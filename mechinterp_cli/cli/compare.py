@@ -74,16 +74,25 @@ def compare(
         found.check(fail_above)
 
 
+_RANKS = {
+    **{name: 0 for name in ("checkpoint", "estimator", "metric", "site", "max_diff")},
+    **{name: at for at, name in enumerate(("pearson", "mean_diff", "same_sign", "common", "spearman"), start=1)},
+    **{name: 6 for name in ("only_a", "only_b", "no_number")},
+    **{name: at for at, name in enumerate(("max_at", "trivial"), start=7)},
+}
+"""What a narrow window shows first: what is compared, and how far it agrees."""
+
+
 def _tell(console: Console, found: Any) -> None:
     rows = found.agreement
-    console.listing(rows if console.as_json else [_short(row) for row in rows])
+    console.listing(rows if console.as_json else [_short(row) for row in rows], _RANKS)
     for reason in dict.fromkeys(row["undefined"] for row in rows if row["undefined"]):
         places = [_place(row) for row in rows if row["undefined"] == reason]
         more = f" and {len(places) - 3} more" if len(places) > 3 else ""
         console.say(f"undefined for {'; '.join(places[:3])}{more}: {reason}")
     worst = found.worst()
     console.say("the rows that differ most:" if worst else "no row differs")
-    console.table(worst)
+    console.table(worst, {"where": 0, "difference": 0, "metric": 1, "a": 2, "b": 2, "column": 3})
 
 
 def _place(row: dict[str, Any]) -> str:

@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
+from mechinterp_cli.cli.fitted import aligned, fitted
 from mechinterp_cli.text import visible
 
 Mode = Literal["human", "plain", "quiet"]
 _PLAIN_SECONDS = 60.0
-_DIGITS = 4
 _PLAIN_WIDTH = 100
 _LEAST_WIDTH = 20
 _BAR, _NARROW_BAR, _WIDE = 40, 10, 110
@@ -39,8 +39,7 @@ class Console:
     @classmethod
     def choose(cls, *, quiet: bool = False, as_json: bool = False) -> "Console":
         """Decide by the options and by what stderr is."""
-        terminal = _is_terminal(sys.stderr) and os.environ.get("TERM") != "dumb"
-        return cls("quiet" if quiet else "human" if terminal else "plain", as_json)
+        return cls("quiet" if quiet else "human" if _is_window(sys.stderr) else "plain", as_json)
 
     def say(self, text: str) -> None:
         """Tell something on stderr, unless quiet; line breaks stay, other control characters are escaped."""
@@ -58,11 +57,9 @@ class Console:
         from rich.console import Console as RichConsole
 
         human, width = self.mode == "human", _width(sys.stderr)
-        # Without colour a number must stand where the colour told it.
-        unicode = (sys.stderr.encoding or "").lower().replace("-", "") == "utf8" and not os.environ.get("NO_COLOR")
         buffer = io.StringIO()
         rich = RichConsole(file=buffer, width=width, force_terminal=human, markup=False, emoji=False, highlight=False)
-        for part in view(width, not human or not unicode):
+        for part in view(width, not human or _is_poor(sys.stderr)):
             rich.print(part)
             rich.print()
         _write(sys.stderr, buffer.getvalue())
@@ -87,17 +84,27 @@ class Console:
         text = json.dumps(json_ready(value), indent=2, ensure_ascii=True, allow_nan=False, default=str)
         _write(sys.stdout, text + "\n")
 
-    def table(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Tell rows as an aligned table on stderr, unless quiet."""
-        if rows and self.mode != "quiet":
-            _write(sys.stderr, _aligned(rows))
+    def table(self, rows: Sequence[Mapping[str, Any]], ranks: Mapping[str, int] | None = None) -> None:
+        """Tell rows as a table on stderr, unless quiet.
 
-    def listing(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Give rows as the command's result on stdout: a table, or JSON."""
+        Args:
+            rows: All with the same keys.
+            ranks: Which columns a narrow window shows first, as for `fitted`; all are shown without.
+        """
+        if rows and self.mode != "quiet":
+            _write(sys.stderr, _table(rows, ranks, sys.stderr))
+
+    def listing(self, rows: Sequence[Mapping[str, Any]], ranks: Mapping[str, int] | None = None) -> None:
+        """Give rows as the command's result on stdout: a table, which in a pipe is always whole, or JSON.
+
+        Args:
+            rows: All with the same keys.
+            ranks: Which columns a narrow window shows first, as for `fitted`; all are shown without.
+        """
         if self.as_json:
             self.data(list(rows))
         else:
-            _write(sys.stdout, _aligned(rows))
+            _write(sys.stdout, _table(rows, ranks, sys.stdout))
 
     @contextlib.contextmanager
     def progress(self) -> Iterator["Reporter"]:
@@ -216,31 +223,25 @@ def _bar(width: int) -> Any:
     return Progress(*columns, console=RichConsole(stderr=True, width=width), transient=True)
 
 
-def _aligned(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Lay rows out in columns: numbers to the right, text to the left, two blanks between."""
-    names = list(rows[0]) if rows else []
-    cells = [[_cell(row.get(name)) for name in names] for row in rows]
-    widths = [max(len(name), *(len(line[i]) for line in cells)) for i, name in enumerate(names)]
-    right = [all(isinstance(row.get(name), int | float | None) for row in rows) for name in names]
-    lines = [
-        "  ".join(
-            cell.rjust(w) if r else cell.ljust(w) for cell, w, r in zip(line, widths, right, strict=True)
-        ).rstrip()
-        for line in [names, *cells]
-    ]
-    return "".join(f"{line}\n" for line in lines)
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, float):
-        return f"{value:.{_DIGITS}g}"
-    return visible({True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value))
-
-
 def _is_terminal(stream: TextIO | None) -> bool:
     return stream is not None and not stream.closed and stream.isatty()
+
+
+def _is_window(stream: TextIO | None) -> bool:
+    """Whether a person looks at a stream, in a terminal that can do more than print lines."""
+    return _is_terminal(stream) and os.environ.get("TERM") != "dumb"
+
+
+def _is_poor(stream: TextIO) -> bool:
+    """Whether a terminal gets ASCII without colours: without colour a number must stand where the colour told it."""
+    return (stream.encoding or "").lower().replace("-", "") != "utf8" or bool(os.environ.get("NO_COLOR"))
+
+
+def _table(rows: Sequence[Mapping[str, Any]], ranks: Mapping[str, int] | None, stream: TextIO) -> str:
+    """Rows as a table: fitted to the window where a person looks at it, else whole."""
+    if not rows or ranks is None or not _is_window(stream):
+        return aligned(rows)
+    return fitted(rows, ranks, width=_width(stream), plain=_is_poor(stream))
 
 
 def _width(stream: TextIO | None) -> int:

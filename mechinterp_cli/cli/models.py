@@ -16,6 +16,9 @@ Name = Annotated[
 ]
 app = typer.Typer(invoke_without_command=True, rich_markup_mode=None)
 
+_RANKS = {"name": 0, "at_hand": 0, "MB": 1, "about": 2, "licence": 3, "source": 4}
+"""What a narrow window shows first."""
+
 
 @app.callback()
 def models(context: typer.Context, as_json: Json = False) -> None:
@@ -28,7 +31,7 @@ def models(context: typer.Context, as_json: Json = False) -> None:
     if context.invoked_subcommand is None:
         from mechinterp_cli.models.zoo import list_models
 
-        Console.choose(as_json=as_json).listing([_row(status) for status in list_models()])
+        Console.choose(as_json=as_json).listing([_row(status) for status in list_models()], _RANKS)
 
 
 @app.command()

@@ -30,6 +30,9 @@ Until = Annotated[
     str | None, typer.Option("--until", metavar="TIME", help="Only runs begun then or earlier: 2026-11-24T08:30. UTC.")
 ]
 
+_RANKS = {"name": 0, "status": 0, "note": 1, "seconds": 2, "units": 3, "model": 4, "kind": 5, "started (UTC)": 6}
+"""What a narrow window shows first; a name says when the run began and of which command it is."""
+
 
 def runs(
     context: typer.Context,
@@ -57,7 +60,7 @@ def runs(
     console = Console.choose(as_json=as_json)
     chosen = [row for row in rows if wanted.admits(row)]
     if chosen or as_json:
-        console.listing([row.record() if as_json else row.cells() for row in chosen])
+        console.listing([row.record() if as_json else row.cells() for row in chosen], _RANKS)
     else:
         console.say(f"{folder}: none of {counted(len(rows), 'run')} is wanted" if rows else f"{folder}: no runs")
 

@@ -12,7 +12,7 @@ from rich.text import Text
 from mechinterp_cli.report.labels import show_text
 
 BREAK = 24
-"""Longer cells of a column that may be broken do not claim more room than this."""
+"""Longer cells of a column that may be broken mostly do not claim more room than this."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,8 @@ class Column:
     """Text, to the left."""
     broken: bool = False
     """Whether its cells may be broken into lines."""
+    room: int = BREAK
+    """Letters that cells claim before columns of higher ranks, where they may be broken; they may get more."""
     together: bool = False
     """Whether the columns of its rank that are so are shown all or none: one alone would mislead."""
 
@@ -37,6 +39,7 @@ def text_table(
     width: int,
     plain: bool,
     notes: Mapping[str, str] | None = None,
+    whole: str = "",
 ) -> Group:
     """A table below its title.
 
@@ -47,6 +50,7 @@ def text_table(
         width: Columns of the terminal.
         plain: ASCII only, no colour.
         notes: What columns mean, by name; below the table, of those that are shown.
+        whole: Where the columns are that there is no room for; below the table, with their names.
     """
     shown = [{name: show_text(row.get(name, ""), plain=plain) for name in columns} for row in rows]
     table = Table(box=box.ASCII if plain else box.SIMPLE_HEAD, show_edge=plain)
@@ -59,6 +63,8 @@ def text_table(
         table.add_row(*[Text(row[name]) for name in names])
     said = "; ".join(f"{show_text(name)}: {words}" for name, words in (notes or {}).items() if name in names)
     below = [line(said, plain, "dim")] if said else []
+    narrow = [name for name in columns if name not in names and any(row[name] for row in shown)]
+    below += [line(f"no room for {', '.join(narrow)}: {whole}", plain, "dim")] if narrow and whole else []
     return Group(*[line(words, plain, "" if at else "bold") for at, words in enumerate(lines)], table, *below)
 
 
@@ -92,7 +98,7 @@ def _blocks(names: Sequence[str], columns: Mapping[str, Column]) -> list[list[st
 def _needed(name: str, rows: Sequence[Mapping[str, str]], look: Column) -> int:
     """Room for a column, with a border and a blank on either side."""
     longest = max(cell_len(name), *(cell_len(row[name]) for row in rows))
-    return 3 + (min(longest, BREAK) if look.broken else longest)
+    return 3 + (min(longest, look.room) if look.broken else longest)
 
 
 def line(words: str, plain: bool, style: str = "") -> Text:
