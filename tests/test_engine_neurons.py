@@ -162,7 +162,8 @@ def written_by(oracle: Oracle, family: str, layer: int, neuron: int, seen: Mappi
     alone[..., neuron] = activation[..., neuron]
     with torch.no_grad():
         own, whole = down.forward(alone) - down.forward(torch.zeros_like(alone)), down.forward(activation)
-        return own * seen["mlp_out", layer] / whole if family in POST_NORMED else own * names.scale
+        found: Tensor = own * seen["mlp_out", layer] / whole if family in POST_NORMED else own * names.scale
+        return found
 
 
 def moved(oracle: Oracle, case: Case, layer: int, by: Tensor) -> Tensor:
@@ -238,8 +239,8 @@ class PlainNeurons:
 
         def change(added: Tensor) -> Tensor:
             live, theirs = self._live[kind, layer], there[kind, layer]
-            here = project(_flat(torch.where(kept, live, 0))) * (added / project(_flat(live)))
-            gone = project(_flat(torch.where(kept, 0, theirs))) * (there[out, layer] / project(_flat(theirs)))
+            here: Tensor = project(_flat(torch.where(kept, live, 0))) * (added / project(_flat(live)))
+            gone: Tensor = project(_flat(torch.where(kept, 0, theirs))) * (there[out, layer] / project(_flat(theirs)))
             return here + gone
 
         return change
@@ -359,7 +360,8 @@ def effects(wiring: NeuronWiring, pairs: edge_patching.Pairs, items: np.ndarray)
 
 def test_half_precision_is_refused_for_circuits() -> None:
     case, wiring = case_of("llama")
-    half = build("llama", attn_implementation="eager").to(torch.bfloat16)
+    half = build("llama", attn_implementation="eager")
+    half.bfloat16()
     anatomy = find_anatomy(half)
     graph = Graph.of(anatomy)
     narrow = neurons_wired(wired(half, anatomy, graph), Items.of(anatomy, graph))

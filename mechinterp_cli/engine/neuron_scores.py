@@ -29,7 +29,7 @@ from mechinterp_cli.engine.softmax_fix import widened
 from mechinterp_cli.errors import RunError
 
 TOKENS_PER_PASS = 192
-"""Tokens, those of all steps together, that one pass takes on a CPU: six times as many take half a GB more on SmolLM2."""
+"""Tokens, those of all steps together, that one pass takes on a CPU: more take memory and save little time."""
 
 
 def neuron_scores(
@@ -213,12 +213,14 @@ class _Lot:
         base, source = self.seen
         if block.site == EMBED:
             change = widened(source[EMBED]) - widened(base[EMBED])
-            return torch.linalg.vecdot(change, gradient)[..., None]
+            embedded: Tensor = torch.linalg.vecdot(change, gradient)
+            return embedded[..., None]
         if block.site.kind == "mlp_out":
             return (wiring.neurons(layer, source) - wiring.neurons(layer, base)) * wiring.ways[layer].back(gradient)
         change = wiring.heads(layer, source) - wiring.heads(layer, base)
         into = gradient @ wiring.output(layer, gradient).T
-        return torch.linalg.vecdot(change, into.view(change.shape))
+        found: Tensor = torch.linalg.vecdot(change, into.view(change.shape))
+        return found
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from mechinterp_cli.report.labels import show_text
 from mechinterp_cli.report.neuron_graph import NeuronBox, NeuronPicture, strongest
 from mechinterp_cli.report.picture import COLOURS, FAINT, Chart, Drawing, head_lines, inline
 
-ROW, COLUMN = 50, 76
+ROW, COLUMN = 50, 92
 """Pixels of a row of boxes and of a head's column."""
 BOX, BOX_HEIGHT = 0.42, 0.34
 """Half a box's width and height, in columns and rows."""
