@@ -143,7 +143,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, default=100_000)
-    parser.add_argument("--loads", type=int, default=7)
+    parser.add_argument("--loads", type=int, default=9)
     parser.add_argument("--page", type=Path)
     options = parser.parse_args(arguments)
     chromium = next((path for name in ("chromium", "google-chrome") if (path := shutil.which(name))), None)

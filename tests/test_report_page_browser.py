@@ -266,7 +266,7 @@ def test_everything_is_reached_and_worked_from_the_keyboard(opened: Opened) -> N
     opened.check_quiet()
 
 
-@on((RUNS[0], 1280, "light"), (RUNS[0], 1280, "dark"))
+@on((RUNS[0], 1280, "light"), (RUNS[0], 1280, "dark"), ("circuit-planted", 1280, "dark"), ("probe-toy", 1280, "dark"))
 def test_letters_stand_out_from_what_is_behind_them(opened: Opened) -> None:
     opened.draw_all()
     opened.page.wait_for_timeout(100)
