@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTEST_FLAGS ?= -n 2
 
-.PHONY: demo test slow reproduce lint types setup clean
+.PHONY: demo test slow reproduce figures lint types setup clean
 
 # Fetches real weights (once; they stay in the cache) and shows which layers and positions carry the task.
 demo: $(STAMP)
@@ -28,6 +28,11 @@ REPRODUCE := import sys; from mechinterp_cli.cli.main import main; \
 	sys.exit(next((code for code in map(repeat, sys.argv[1:]) if code), 0))
 reproduce: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -c '$(REPRODUCE)' runs/reference/*/
+
+# Draws the pictures in docs/figures from runs of the configs in runs/gallery, and runs those that have none.
+figures: $(STAMP)
+	$(BIN)/mechinterp models fetch smollm2-135m-instruct
+	$(BIN)/python -m benchmarks.gallery
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
