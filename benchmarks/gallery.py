@@ -40,7 +40,7 @@ FIGURES: Mapping[str, Sequence[str]] = {
     "attribute-toy": ["verified-logit_diff"],
     "circuit-greater-than": ["faithfulness-prob_diff"],
     "circuit-ioi": ["faithfulness-logit_diff", "graph-eap_ig_inputs"],
-    "circuit-neurons-toy": ["faithfulness-logit_diff"],
+    "circuit-neurons-toy": ["faithfulness-logit_diff", "graph-eap_ig_inputs"],
     "circuit-planted": ["graph-exact", "faithfulness-logit_diff"],
     "heads-ioi": ["scores-direct_effect", "attention-direct_effect"],
     "heads-smollm2": ["scores-induction", "causal"],
@@ -49,7 +49,6 @@ FIGURES: Mapping[str, Sequence[str]] = {
     "patch-induction-toy": ["01-z-logit_diff", "00-resid_pre-logit_diff"],
     "patch-paths-toy": ["01-path-logit_diff", "00-path-logit_diff"],
     "probe-toy": ["map-z"],
-    "probe-truth": ["scores-resid_post", "causal-resid_post"],
 }
 """Config to those of its figures that tell its story, the best first; of other configs the first figure is shown."""
 
