@@ -329,4 +329,14 @@ def test_of_sets_the_answer_is_what_each_alone_has() -> None:
     answer = view_of(fake.manifest, fake.tables()).answer()
     rows = fake.tables()["circuits"]
     row = rows.iloc[0]
-    assert f"The set {row['set']} alone has {row['faithfulness']:.3f} [" in answer
+    assert f'The set "{row["set"]}" alone has {row["faithfulness"]:.3f} [' in answer
+
+
+def test_of_pairs_the_answer_is_the_one_whose_effects_add_up_least() -> None:
+    fake = Fake(design="pairs", values=("zero",))
+    rows = fake.tables()["interactions"]
+    rows = rows[rows["metric"] == fake.metrics[0]]
+    row = rows.loc[rows["interaction"].abs().idxmax()]
+    answer = view_of(fake.manifest, fake.tables()).answer()
+    assert f"Of {len(rows)} pairs, the effects of {row['a']} and {row['b']} add up least (zero ablation)" in answer
+    assert f"differs by {row['interaction']:+.3f} [" in answer

@@ -13,7 +13,7 @@ from mechinterp_cli.report.checkpoints import Checkpoints, checkpoints_of
 from mechinterp_cli.report.circuits import circuit_dots, circuit_tables, set_sentences
 from mechinterp_cli.report.contrasts import Contrasts, contrast_dots, contrast_tables
 from mechinterp_cli.report.grid import Heatmap, HeatmapSpec, build_heatmap
-from mechinterp_cli.report.interactions import interaction_map, interaction_table, strongest_pairs
+from mechinterp_cli.report.interactions import interaction_map, interaction_sentence, interaction_table, strongest_pairs
 from mechinterp_cli.report.patch import first_tokens, names_vary
 from mechinterp_cli.report.positions import position_curves
 from mechinterp_cli.report.rows import Row, chosen_metric, distinct, having, records, without
@@ -190,6 +190,7 @@ class AblateView:
         )
         ranked = causal_sentences(_ranked(self._first(self.curve)), pd.DataFrame(), noun=self.noun)
         sentences = [f"{words[:1].upper()}{words[1:]}" for words in ranked]
+        sentences += filter(None, [interaction_sentence(self.interactions)])
         return " ".join([told, *sentences] if first else sentences or [told])
 
     def _named(self, row: Row) -> str:

@@ -108,9 +108,10 @@ def set_sentences(rows: pd.DataFrame) -> Iterator[str]:
     first = records(having(rows, ablation=distinct(rows, "ablation")[0])) if len(rows) else []
     for row in first[:MAX_TOLD]:
         alone, without = (_share(row, share, brief=False) for share in SHARES)
+        known = f"{text(row['ablation'])} ablation, n = {text(row['n'])}"
         yield (
-            f"The set {text(row['set'])} alone has {alone} of the behaviour (faithfulness); what is lost without it is "
-            f"{without} (completeness; {text(row['ablation'])} ablation, n = {text(row['n'])})."
+            f'The set "{text(row["set"])}" alone has {alone} of the behaviour (faithfulness); what is lost without it '
+            f"is {without} (completeness; {known})."
         )
 
 

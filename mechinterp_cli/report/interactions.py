@@ -87,6 +87,22 @@ def _panel(rows: pd.DataFrame, title: str) -> Panel:
     )
 
 
+def interaction_sentence(rows: pd.DataFrame) -> str:
+    """The strongest interaction of all pairs; empty where there are none.
+
+    Args:
+        rows: The interactions table's rows of one metric and checkpoint.
+    """
+    for row in strongest_pairs(rows, 1) if len(rows) else ():
+        value = f"{figure(row['interaction'], sign=True)} {interval(row['ci_low'], row['ci_high'])}".strip()
+        pair, joint = f"{text(row['a'])} and {text(row['b'])}", figure(row["joint"], sign=True)
+        return (
+            f"Of {counted(len(rows), 'pair')}, the effects of {pair} add up least ({text(row['ablation'])} ablation): "
+            f"without both it is {joint}, which differs by {value} from the sum of the two."
+        )
+    return ""
+
+
 def interaction_table(rows: pd.DataFrame, *, count: int, width: int, plain: bool) -> Group | None:
     """The strongest interactions.
 
