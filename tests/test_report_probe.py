@@ -268,6 +268,9 @@ def test_what_cancels_over_prompts_is_drawn_by_group_and_as_magnitude() -> None:
     shown = view(fake)
     spec = spec_of(shown, "causal-resid_post")
     assert list(panels(spec))[:3] == ["erase, affirmative", "erase, negated", "erase, magnitude"]
+    kinds = {title: {layer["mark"]["type"] for layer in panel["layer"]} for title, panel in panels(spec).items()}
+    assert "area" in kinds["erase, affirmative"]
+    assert "area" not in kinds["erase, magnitude"], "no table has the magnitude's own interval"
     domains = {
         json.dumps(panels(spec)[f"erase, {group}"]["layer"][-1]["encoding"]["y"]["scale"]["domain"])
         for group in fake.groups

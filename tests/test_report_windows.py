@@ -24,7 +24,11 @@ ESCAPE = re.compile(r"\x1b\[[0-9;]*m")
 
 def circuit_manifest() -> Manifest:
     made = Manifest(
-        "circuit", "fake", {"circuit": {"rank": "signed"}, "metrics": ["logit_diff"]}, "0", status="complete"
+        "circuit",
+        "fake",
+        {"circuit": {"rank": "signed", "granularity": "edges"}, "metrics": ["logit_diff"]},
+        "0",
+        status="complete",
     )
     made.config["output"] = {"top": 10}
     made.model = {"id": "toy", "anatomy": {"first_layer": {"heads": {"query": 4, "key_value": 4}}}}

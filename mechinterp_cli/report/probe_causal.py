@@ -240,8 +240,8 @@ def _cancels(rows: pd.DataFrame) -> bool:
 
 def _size_panel(title: str, rows: pd.DataFrame, unit: str, verdicts: Sequence[str]) -> CurvePanel:
     told = _largest(rows.assign(effect=rows["size"]))
-    own = curve_of("probe's subspace", told, "layer", "size", look="line", told=_behind_size)
-    random = curve_of("random subspaces", told, "layer", "random_size", look="line", told=_behind_draws)
+    own = curve_of("probe's subspace", told, "layer", "size", band=False, look="line", told=_behind_size)
+    random = curve_of("random subspaces", told, "layer", "random_size", band=False, look="line", told=_behind_draws)
     curves = (own, random, *_verdict_dots(told, "size", verdicts, _behind_size), *_margins(told)[:1])
     return CurvePanel(title=title, y_title=f"mean |effect| on {unit}", curves=curves)
 
