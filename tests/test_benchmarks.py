@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedTokenizerFast
 
-from benchmarks import ablate_heads, attribution, patch_sweep, probe_activations, sweep_prompts
+from benchmarks import ablate_heads, attribution, narrow_head, patch_sweep, probe_activations, sweep_prompts
 from benchmarks.patch_sweep import Hooks, Options, main, parsed, worst
 from benchmarks.sweep_cases import CASES, Sweep, make_sweep
 from benchmarks.sweep_clock import PeakMemory, Stopwatch
@@ -417,3 +417,30 @@ def test_one_wrong_activation_ends_with_1(folder: str, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(probe_activations.Capture, "ours", ours)
     assert probe_activations.main(["--model", folder, "--sentences", "8", "--rounds", "1"]) == int(wrong != 0)
+
+
+# --- the answers' columns of the head
+
+
+@pytest.mark.parametrize("wrong", [0.0, 0.001, float("nan")])
+def test_a_small_run_with_the_answers_columns_alone_is_equal_and_one_wrong_value_ends_with_1(
+    folder: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], wrong: float
+) -> None:
+    right = narrow_head.Engine.values
+
+    def values(engine: narrow_head.Engine, *, narrow: bool) -> torch.Tensor:
+        found = right(engine, narrow=narrow)
+        found[-1, -1] += wrong * narrow
+        return found
+
+    monkeypatch.setattr(narrow_head.Engine, "values", values)
+    assert narrow_head.main(["--model", folder, "--pairs", "2", "--rounds", "1"]) == int(wrong != 0)
+    rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines()]
+    assert len(rows) == 2 + len(narrow_head.SWEEPS)
+    assert {len(row) for row in rows} == {len(narrow_head.HEAD)}
+    assert [int(row[2]) for row in rows[2:]] == [2, 2, 2]
+
+
+def test_more_answers_than_are_worth_it_keep_the_head_whole(folder: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert narrow_head.main(["--model", folder, "--pairs", "64", "--rounds", "1"]) == 4
+    assert "all logits are computed" in capsys.readouterr().err

@@ -157,7 +157,8 @@ class Bench:
         )
         head = self._head(job, proof, usable, settings)
         plan = replace(usable or plan_of(self.engine, self.model, job, proof.executor), columns=head.columns)
-        record = {**key, "proof": asdict(proof), "head": asdict(head), "plan": plan.to_json(), "halved": []}
+        proved = {"proof": asdict(proof), "head": asdict(head)}
+        record: dict[str, Any] = {**key, **proved, "plan": plan.to_json(), "halved": []}
         self._put(key, record)
         self.run.save()
         for warning in _proof_warnings(self.model.source.dtype, proof):
