@@ -280,6 +280,13 @@ def test_the_configs_of_ablate_on_the_toys_leave_whole_run_directories(
             {"curve", "positions"},
             ["task.n=3", "ablate.cumulative.random=1", "ablate.cumulative.k=[1, 4]"],
         ),
+        pytest.param(
+            "ablate-ioi-heads",
+            2,
+            set(),
+            ["task.n=3", "ablate.units=[{kind: head, layers: [23], heads: each}]"],
+            marks=pytest.mark.slow,
+        ),
         pytest.param("ablate-pairs", 1, {"interactions"}, ["task.n=3"], marks=pytest.mark.slow),
         # A map for each block of edges, and the two groups side by side; the loss by position for each length of text.
         pytest.param("ablate-shortcut", 2 + 1, {"contrasts"}, ["task.n=8"], marks=pytest.mark.slow),
@@ -420,8 +427,8 @@ def test_the_configs_of_circuit_on_the_real_model_run(tmp_path: Path, run: Main,
 def test_every_config_is_run_here_and_listed_in_the_readme() -> None:
     readme = (ROOT / "README.md").read_text()
     assert {path.stem for path in CONFIGS} == {
-        "ablate-induction-heads", "ablate-induction-heads-toy", "ablate-pairs", "ablate-planted", "ablate-shortcut",
-        "ablate-text", "ablate-toy",
+        "ablate-induction-heads", "ablate-induction-heads-toy", "ablate-ioi-heads", "ablate-pairs", "ablate-planted",
+        "ablate-shortcut", "ablate-text", "ablate-toy",
         "attribute-direct", "attribute-estimators", "attribute-ioi", "attribute-lens", "attribute-relp",
         "attribute-tokens", "attribute-tokens-corrupt", "attribute-toy",
         "circuit-greater-than", "circuit-ioi", "circuit-neurons-toy", "circuit-planted",
