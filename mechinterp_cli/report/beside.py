@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import altair as alt
 
@@ -11,7 +12,7 @@ from mechinterp_cli.report.labels import show_text
 from mechinterp_cli.report.picture import FAINT, PICTURE_WIDTH, SERIES_COLOURS, Chart, Drawing, Rows, head_lines
 
 SIZE, MARGIN, LEGEND_ROOM = 300, 80, 90
-DIAGONAL = {"color": FAINT, "strokeDash": [4, 3], "strokeWidth": 1, "tooltip": None}
+DIAGONAL: dict[str, Any] = {"color": FAINT, "strokeDash": [4, 3], "strokeWidth": 1, "tooltip": None}
 
 
 def drawing(scatter: EstimateScatter) -> Drawing:

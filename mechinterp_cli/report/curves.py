@@ -155,7 +155,7 @@ class _Looks:
         return alt.Scale(domain=names, range=[looks[i % len(looks)] for i in range(len(names))])
 
 
-_SYMBOL = {"symbolSize": 70, "symbolStrokeWidth": 0, "symbolOpacity": 1}
+_SYMBOL: dict[str, Any] = {"symbolSize": 70, "symbolStrokeWidth": 0, "symbolOpacity": 1}
 
 
 def _data(curves: Sequence[Curve]) -> alt.InlineData:
@@ -168,7 +168,7 @@ def _references(curves: Sequence[Curve], x: alt.X, y: alt.Y, with_legend: bool) 
         return []
     names = list(dict.fromkeys(show_text(curve.name) for curve in curves))
     scale = alt.Scale(domain=names, range=[REFERENCE_DASHES[i % len(REFERENCE_DASHES)] for i in range(len(names))])
-    look = {**STROKE, "symbolStrokeWidth": 1.5, "symbolStrokeColor": FAINT}
+    look: dict[str, Any] = {**STROKE, "symbolStrokeWidth": 1.5, "symbolStrokeColor": FAINT}
     legend = alt.Legend(title=None, labelLimit=2 * LEGEND_ROOM, **look)
     dash = alt.StrokeDash("name:N", scale=scale, legend=legend if with_legend else None)
     level = [curve for curve in curves if len(set(curve.y)) == 1]

@@ -64,7 +64,7 @@ def _panel(dots: Dots, index: int, across: int) -> alt.LayerChart:
     axis = alt.Axis(labels=named, labelLimit=_label_room(dots), labelOverlap=False, grid=True, ticks=False)
     rows = alt.Scale(type="band", domain=names)
     low, high = _ends(dots, panel)
-    form = {"format": "~f"} if max(-low, high) >= SMALL else {"labelExpr": EXPONENT}
+    form: dict[str, Any] = {"format": "~f"} if max(-low, high) >= SMALL else {"labelExpr": EXPONENT}
     scale = alt.Scale(domain=[low, high], nice=False, zero=False)
     x = alt.X("value:Q", scale=scale, axis=alt.Axis(tickCount=6, **form), title=show_text(panel.x_title))
     colour, shape = _looks(_series(dots.panels), with_legend=index == across - 1)

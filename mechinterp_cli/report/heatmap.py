@@ -178,7 +178,9 @@ def _value_colour(heatmap: Heatmap, with_legend: bool) -> alt.Color:
     stops, ticks = _stops(heatmap.colours)
     length = min(160, max(70, min(_panel_height(panel) for panel in heatmap.panels) - 20))
     # Two decimals would show ends of 1e-9 as 0.
-    form = {"format": ".2~f"} if max(abs(stops[0]), abs(stops[-1])) >= SMALL else {"labelExpr": EXPONENT}
+    form: dict[str, Any] = (
+        {"format": ".2~f"} if max(abs(stops[0]), abs(stops[-1])) >= SMALL else {"labelExpr": EXPONENT}
+    )
     legend = alt.Legend(title=heatmap.quantity, gradientLength=length, values=ticks, **form)
     # Vega would go by hue, which tints the smallest effects yellow and cyan.
     scale = alt.Scale(domain=stops, range=list(COLOURS[-len(stops) :]), clamp=True, interpolate="rgb")

@@ -26,7 +26,7 @@ SERIES_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f0
 """Okabe and Ito's, which the colour-blind can tell apart; their yellow is too pale for points on white."""
 FAINT = "#444444"
 """Of lines and letters that stay behind. The page's script knows this grey, and makes it light on a dark page."""
-STROKE = {"symbolType": "stroke", "symbolSize": 300, "symbolStrokeWidth": 2}
+STROKE: dict[str, Any] = {"symbolType": "stroke", "symbolSize": 300, "symbolStrokeWidth": 2}
 """A legend's symbols for lines: long enough for their dashes to be seen."""
 EXPONENT = "datum.value ? format(datum.value, '.2~e') : '0'"
 """How numbers too small for decimals are written on an axis, as Vega's expression."""
