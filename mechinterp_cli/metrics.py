@@ -278,7 +278,8 @@ class Measurer:
         """Ids whose logits are all that is looked at on some prompts, in order; None where it may be any."""
         if any(metric.whole_vocabulary for metric in self.metrics):
             return None
-        return torch.cat([sets.at(prompts).tokens() for sets in (self._answer, self._wrong)]).unique()
+        tokens: Tensor = torch.unique(torch.cat([sets.at(prompts).tokens() for sets in (self._answer, self._wrong)]))
+        return tokens
 
     def on_columns(self, tokens: Int[Tensor, " tokens"]) -> "Measurer":
         """The same metrics of logits [items, tokens] that hold these tokens alone: ids in order, on the device.

@@ -39,7 +39,8 @@ class TokenSets:
 
     def tokens(self) -> Int[Tensor, " tokens"]:
         """All ids of all sets, each once, in order."""
-        return self.ids[self.mask].unique()
+        tokens: Tensor = torch.unique(self.ids[self.mask])
+        return tokens
 
     def among(self, tokens: Int[Tensor, " tokens"]) -> Self:
         """The same sets as places in `tokens`, ids in order: for logits of these tokens alone.

@@ -155,7 +155,7 @@ def test_the_embedding_that_is_tied_to_the_head_stays_whole() -> None:
     model = model_of("tied")
     with narrow_head(model, torch.tensor(TOKENS)):
         assert head_of(model).weight.shape[0] == len(TOKENS)
-        assert model.get_input_embeddings().weight.shape[0] == 97
+        assert next(model.get_input_embeddings().parameters()).shape[0] == 97
         assert forward(model, torch.tensor([[96, 5, 50]])).shape == (1, 3, len(TOKENS))
 
 
@@ -267,9 +267,9 @@ def test_heads_that_are_no_plain_linear_map_stay_whole() -> None:
         """Stands for a quantised map."""
 
     other = Quantised(plain.in_features, plain.out_features, bias=False)
-    model.set_output_embeddings(other)
+    model.lm_head = other
     assert whole_head_reason(model, 97) == "the output head is no plain linear map but Quantised"
-    model.set_output_embeddings(plain)
+    model.lm_head = plain
     plain.__dict__["forward"] = plain.forward
     assert whole_head_reason(model, 97) == "the output head carries hooks"
     del plain.__dict__["forward"]
