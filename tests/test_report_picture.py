@@ -1,6 +1,7 @@
 """What charts share: letters that can be read, what stands behind a number, counts in words, ranges that show lines."""
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,11 +9,12 @@ import pytest
 from mechinterp_cli.report.behind import ALONE, behind, behind_random
 from mechinterp_cli.report.cells import between, counted_between
 from mechinterp_cli.report.picture import COLOURS, ink_on
+from mechinterp_cli.report.rows import Row
 from mechinterp_cli.report.series import curve_of, dot_of, random_curve
 from mechinterp_cli.report.shapes import Curve, CurvePanel, edges, leaves, y_range
 from mechinterp_cli.text import counted
 
-ROW = {"layer": 3, "effect": 0.5, "ci_low": 0.4, "ci_high": 0.7, "p": 0.01, "p_adjusted": 0.02, "n": 12}
+ROW: dict[str, Any] = {"layer": 3, "effect": 0.5, "ci_low": 0.4, "ci_high": 0.7, "p": 0.01, "p_adjusted": 0.02, "n": 12}
 
 
 def light(red: float, green: float, blue: float) -> float:
@@ -46,7 +48,7 @@ def test_what_stands_behind_a_number_is_interval_adjusted_p_and_n() -> None:
 
 
 def test_curves_and_dots_have_what_stands_behind_their_rows() -> None:
-    rows = [ROW, {**ROW, "layer": 4, "effect": None, "ci_low": None, "ci_high": None}]
+    rows: list[Row] = [ROW, {**ROW, "layer": 4, "effect": None, "ci_low": None, "ci_high": None}]
     made = curve_of("own", rows, "layer", "effect")
     assert made.x == (3.0, 4.0)
     assert made.y[0] == 0.5

@@ -129,8 +129,8 @@ def _effect(contrasts: Contrasts, row: Row, side: str, known: Mapping[tuple[str,
     value = number(row[f"effect_{side}"])
     # The interval belongs to this number only if it is the same number.
     same = np.isclose(number(summary.get("effect")), value, rtol=1e-4, atol=1e-9)
-    known = summary if same else {"n": row[f"n_{side}"]}
-    return dot_of(contrasts.name(row), group, {**known, "effect": value}, "effect")
+    behind_it: Row = summary if same else {"n": row[f"n_{side}"]}
+    return dot_of(contrasts.name(row), group, {**behind_it, "effect": value}, "effect")
 
 
 def _difference(contrasts: Contrasts, row: Row) -> Dot:
