@@ -38,7 +38,7 @@ FIGURES: Mapping[str, Sequence[str]] = {
     "attribute-tokens": ["spans-logit_diff", "tokens-logit_diff"],
     "attribute-tokens-corrupt": ["spans-logit_diff", "tokens-logit_diff"],
     "attribute-toy": ["verified-logit_diff"],
-    "circuit-greater-than": ["faithfulness-prob_diff"],
+    "circuit-greater-than": ["faithfulness-logit_diff"],
     "circuit-ioi": ["faithfulness-logit_diff", "graph-eap_ig_inputs"],
     "circuit-neurons-toy": ["faithfulness-logit_diff", "graph-eap_ig_inputs"],
     "circuit-planted": ["graph-exact", "faithfulness-logit_diff"],
