@@ -10,7 +10,7 @@ from mechinterp_cli.report.causal import unit_of
 from mechinterp_cli.report.cells import figure, missing, number, text
 from mechinterp_cli.report.checkpoints import checkpoints_of
 from mechinterp_cli.report.page.promptmaps import PromptMap
-from mechinterp_cli.report.rows import distinct, having
+from mechinterp_cli.report.rows import Row, distinct, having, records
 from mechinterp_cli.runs.manifest import Manifest
 
 WHOLE = (-1.0, 0.0, 1.0)
@@ -58,7 +58,7 @@ def _map(
     title: str, metric: str, rows: pd.DataFrame, ends: Mapping[int, tuple[float, float]], least: float
 ) -> PromptMap:
     """The map of one metric and ranking."""
-    named = [_size(row) for row in rows[["size", "threshold"]].to_dict("records")]
+    named = [_size(row) for row in records(rows[["size", "threshold"]])]
     columns = [name for _, name in sorted(set(named))]
     scores = distinct(rows, "score")
     at_row, at_column = ({name: at for at, name in enumerate(names)} for names in (scores, columns))
@@ -83,7 +83,7 @@ def _map(
     )
 
 
-def _size(row: Mapping[object, object]) -> tuple[tuple[int, float], str]:
+def _size(row: Row) -> tuple[tuple[int, float], str]:
     """A circuit's place among the columns, and the column's name: sizes, thresholds, those that were given whole."""
     if not missing(row["size"]):
         return (0, number(row["size"])), f"{number(row['size']):g}"

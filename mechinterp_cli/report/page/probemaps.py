@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 
 from mechinterp_cli.report.cells import missing, number, text
@@ -12,7 +13,7 @@ from mechinterp_cli.report.grid import COLUMN_TITLES
 from mechinterp_cli.report.labels import show_text, show_token
 from mechinterp_cli.report.page.pack import plain
 from mechinterp_cli.report.page.promptmaps import PromptMap, show_name
-from mechinterp_cli.report.rows import distinct, having
+from mechinterp_cli.report.rows import Row, distinct, having, records
 
 WORD = "word"
 """Labelled words of a text are its spans on the page: `word 0`, `word 1`, …"""
@@ -54,7 +55,7 @@ def _column(rows: pd.DataFrame) -> str:
 def _map(title: str, rows: pd.DataFrame, column: str) -> PromptMap:
     """The map of one probe at one kind of site."""
     layers = sorted({int(layer) for layer in rows["layer"]})
-    names = [_name(row, column) for row in rows[list({column, "span", "view"})].to_dict("records")]
+    names = [_name(row, column) for row in records(rows[list({column, "span", "view"})])]
     columns = sorted(set(names)) if column == "position" else _in_order(names, column)
     at_column = {name: at for at, name in enumerate(columns)}
     at_row = {layer: at for at, layer in enumerate(layers)}
@@ -82,7 +83,7 @@ def _map(title: str, rows: pd.DataFrame, column: str) -> PromptMap:
     )
 
 
-def _name(row: Mapping[str, object], column: str) -> int | str:
+def _name(row: Row, column: str) -> int | str:
     """A position as a number; a span by its name, so that its tokens are found; else what the tables call it."""
     if column == "position":
         return int(number(row[column]))
@@ -119,15 +120,15 @@ def _by_prompt(rows: pd.DataFrame) -> Iterator[tuple[int, pd.DataFrame]]:
         yield int(number(prompt)), part
 
 
-def _spread(rows: pd.DataFrame, values: pd.Series, count: int) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+def _spread(rows: pd.DataFrame, values: pd.Series, count: int) -> npt.NDArray[np.float64]:
     """Values as `[cells]`; NaN where there is none."""
     found = np.full(count, np.nan)
     found[rows["cell"].to_numpy(dtype=np.int64)] = values.to_numpy(dtype=np.float64, na_value=np.nan)
     return found
 
 
-def _wrong(rows: pd.DataFrame, count: int) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
-    return _spread(rows, (~_right(rows)).astype(float), count) == 1
+def _wrong(rows: pd.DataFrame, count: int) -> npt.NDArray[np.bool_]:
+    return np.asarray(_spread(rows, (~_right(rows)).astype(float), count) == 1)
 
 
 def _told(rows: pd.DataFrame, count: int) -> dict[str, list[object]]:
@@ -157,10 +158,10 @@ def labels_of(tables: Mapping[str, pd.DataFrame]) -> dict[int, dict[str, object]
     if table is None or table.empty:
         return {}
     rows = checkpoints_of(table).last(table)
-    return {int(number(prompt)): _label(part.to_dict("records")) for prompt, part in rows.groupby("prompt")}
+    return {int(number(prompt)): _label(records(part)) for prompt, part in rows.groupby("prompt")}
 
 
-def _label(rows: Sequence[Mapping[object, object]]) -> dict[str, object]:
+def _label(rows: Sequence[Row]) -> dict[str, object]:
     told = [show_token(text(row["target"] if missing(row["class"]) else row["class"]), longest=60) for row in rows]
     words = [row for row in rows if not missing(row["word"])]
     if not words:

@@ -12,7 +12,7 @@ from mechinterp_cli.report.cells import missing, number, text
 from mechinterp_cli.report.checkpoints import checkpoints_of
 from mechinterp_cli.report.grid import COLUMN_TITLES
 from mechinterp_cli.report.labels import show_text, show_token
-from mechinterp_cli.report.rows import chosen_metric, distinct, having
+from mechinterp_cli.report.rows import chosen_metric, distinct, having, records
 from mechinterp_cli.report.tokens import NAMES
 from mechinterp_cli.report.tokens import unit_of as unit_of_tokens
 from mechinterp_cli.runs.manifest import Manifest
@@ -118,7 +118,7 @@ def _set_maps(trials: pd.DataFrame, unit: str, effects: pd.DataFrame) -> Iterato
     ablations = distinct(trials, "ablation")
     told = [
         show_text(text(row["label"]).removesuffix(f", {text(row['ablation'])}"))
-        for row in trials[["label", "ablation"]].to_dict("records")
+        for row in records(trials[["label", "ablation"]])
     ]
     names = list(dict.fromkeys(told))
     at_row, at_column = ({name: at for at, name in enumerate(known)} for known in (names, ablations))

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from mechinterp_cli.report.cells import missing, text
+from mechinterp_cli.report.cells import missing, number, text
 from mechinterp_cli.report.labels import show_text, show_token
 from mechinterp_cli.report.page.circuitmaps import circuit_maps
 from mechinterp_cli.report.page.pack import plain
@@ -43,7 +43,7 @@ def prompt_content(manifest: Manifest, tables: Mapping[str, pd.DataFrame]) -> di
     numbers = _that_fit(prompts, sum(len(one.cells) for one in kept))
     labels = labels_of(tables)
     chosen = prompts[prompts["prompt"].isin(numbers)]
-    listed = [_prompt(rows, labels.get(int(at), {})) for at, rows in chosen.groupby("prompt", sort=True)]
+    listed = [_prompt(rows, labels.get(int(number(at)), {})) for at, rows in chosen.groupby("prompt", sort=True)]
     return {
         "prompts": listed,
         "maps": [_map(one, numbers) for one in kept],
@@ -150,8 +150,8 @@ def _map(one: PromptMap, numbers: Sequence[int]) -> dict[str, Any]:
 def _words(one: PromptMap, numbers: Sequence[int]) -> dict[str, list[str]]:
     """Texts that are told of cells, each once: cells have their places in this list."""
     found: dict[str, dict[str, None]] = {}
-    for number in numbers:
-        for name, cells in one.told.get(number, {}).items():
+    for prompt in numbers:
+        for name, cells in one.told.get(prompt, {}).items():
             texts = [cell for cell in cells if isinstance(cell, str)]
             if texts:
                 found.setdefault(name, {}).update(dict.fromkeys(texts))
