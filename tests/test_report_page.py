@@ -336,7 +336,7 @@ def test_of_pairs_the_answer_is_the_one_whose_effects_add_up_least() -> None:
     fake = Fake(design="pairs", values=("zero",))
     rows = fake.tables()["interactions"]
     rows = rows[rows["metric"] == fake.metrics[0]]
-    row = rows.loc[rows["interaction"].abs().idxmax()]
+    row = rows.iloc[int(rows["interaction"].abs().argmax())]
     answer = view_of(fake.manifest, fake.tables()).answer()
     assert f"Of {len(rows)} pairs, the effects of {row['a']} and {row['b']} add up least (zero ablation)" in answer
     assert f"differs by {row['interaction']:+.3f} [" in answer

@@ -136,7 +136,7 @@ def _map(one: PromptMap, numbers: Sequence[int]) -> dict[str, Any]:
         "words": words,
         "told": {
             str(number): {
-                name: [at[name][cell] if name in at and cell is not None else plain(cell) for cell in cells]
+                name: [at[name][cell] if isinstance(cell, str) else plain(cell) for cell in cells]
                 for name, cells in one.told[number].items()
             }
             for number in there
