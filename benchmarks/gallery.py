@@ -30,6 +30,7 @@ MAX_SCALE = 2.0
 
 FIGURES: Mapping[str, Sequence[str]] = {
     "ablate-toy": ["00-head-mean-repeated_loss", "positions"],
+    "ablate-shortcut": ["contrasts"],
     "attribute-direct": ["direct"],
     "attribute-estimators": ["verified-logit_diff"],
     "attribute-ioi": ["verified-logit_diff", "01-z-atp-logit_diff"],
