@@ -29,6 +29,7 @@ WIDTH = 900
 MAX_SCALE = 2.0
 
 FIGURES: Mapping[str, Sequence[str]] = {
+    "ablate-text": ["positions-4"],
     "ablate-toy": ["00-head-mean-repeated_loss", "positions"],
     "ablate-shortcut": ["contrasts"],
     "attribute-direct": ["direct"],
