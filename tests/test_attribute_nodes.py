@@ -11,9 +11,9 @@ from torch import Tensor
 from mechinterp_cli.engine.edits import Site
 from mechinterp_cli.methods.attribute.nodes import Nodes
 from mechinterp_cli.methods.attribute.options import AttributeOptions
+from mechinterp_cli.methods.binder import Binder
 from mechinterp_cli.methods.interchange import bind
 from mechinterp_cli.methods.measure import build_prompts, split_members
-from mechinterp_cli.methods.places import Binder
 from mechinterp_cli.methods.specs import TrialSpec
 from mechinterp_cli.models.loaded import LoadedModel
 from tests.experiments import config_of

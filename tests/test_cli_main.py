@@ -46,9 +46,7 @@ def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[ModuleType
     import mechinterp_cli.cli.experiments as command
     import mechinterp_cli.methods as package
     from mechinterp_cli.cli.options import execute
-    from mechinterp_cli.cli.registry import register_all
 
-    register_all()  # whatever imports the real module has done so before the other one stands there
     monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setattr(package, "run", module, raising=False)
     monkeypatch.setattr(command, "execute", lambda method, *rest: execute("fake", *rest))
@@ -260,11 +258,9 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 from mechinterp_cli.cli.main import main
 import mechinterp_cli.cli.experiments as command
-import mechinterp_cli.cli.registry as registry
 import mechinterp_cli.methods as package
 from mechinterp_cli.config.base import MethodOptions
 from mechinterp_cli.runs.recorder import record
-registry.register_all = lambda: None  # the methods that there are take seconds to import, and none is asked for
 class Fake(MethodOptions):
     method_name = "fake"
 def run_experiment(loaded, *, out, progress):

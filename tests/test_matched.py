@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mechinterp_cli.config.schema import StatsOptions
-from mechinterp_cli.methods.beside import FEWEST_DRAWS, beside_random, estimate
+from mechinterp_cli.config.schema import FEWEST_DRAWS, StatsOptions
+from mechinterp_cli.methods.beside import beside_random, estimate
 from mechinterp_cli.methods.matched import FEW_SETS, matched_sets, too_few
 
 Floats = npt.NDArray[np.float64]

@@ -14,10 +14,11 @@ from torch import Tensor
 from mechinterp_cli.engine.activations import View, gather
 from mechinterp_cli.engine.edits import Site
 from mechinterp_cli.errors import RunError, UserError
-from mechinterp_cli.methods.places import Binder
+from mechinterp_cli.methods.binder import Binder
 from mechinterp_cli.methods.probe import activations as module
 from mechinterp_cli.methods.probe.activations import Activations, Keeping, Source, activations
-from mechinterp_cli.methods.probe.sites import ProbeSites, Reading, asked_of, readings
+from mechinterp_cli.methods.probe.site_options import ProbeSites
+from mechinterp_cli.methods.probe.sites import Reading, asked_of, readings
 from mechinterp_cli.models.loaded import LoadedModel
 from mechinterp_cli.models.random_twin import random_twin
 from mechinterp_cli.runs import reserved

@@ -84,7 +84,11 @@ def next_steps(kind: str, path: Path) -> str:
     """What to do with a config that was just written, as lines with commands to copy."""
     run = f"mechinterp {kind} {_quoted(path)}"
     schema = f"mechinterp schema > {shlex.quote(str(path.with_name(SCHEMA_FILE)))}"
-    steps = {f"{run} --dry-run": "what it would compute", run: "run it: less than a minute", schema: "editors then complete it"}
+    steps = {
+        f"{run} --dry-run": "what it would compute",
+        run: "run it: less than a minute",
+        schema: "editors then complete it",
+    }
     widest = max(map(len, steps))
     return "\n".join(["next:", *(f"  {command.ljust(widest)}  # {what}" for command, what in steps.items())])
 

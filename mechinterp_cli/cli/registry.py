@@ -1,4 +1,4 @@
-"""Importing every task and method, so that their options are registered; a new module needs no line here."""
+"""Importing what every task and method says of itself, so that it is registered; a new one needs no line here."""
 
 import importlib
 import pkgutil
@@ -8,6 +8,10 @@ import mechinterp_cli.tasks.build
 
 
 def register_all() -> None:
-    """Import the modules of `methods/`; `tasks.build` has imported the tasks."""
+    """Import the packages of `methods/`: sections and tables, not experiments, and so without torch.
+
+    `tasks.build` has imported the tasks; an experiment is imported when it is run (`methods.experiment`).
+    """
     for module in pkgutil.iter_modules(mechinterp_cli.methods.__path__, f"{mechinterp_cli.methods.__name__}."):
-        importlib.import_module(module.name)
+        if module.ispkg:
+            importlib.import_module(module.name)

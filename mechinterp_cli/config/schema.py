@@ -21,6 +21,8 @@ from mechinterp_cli.config.base import BaseConfig, MethodOptions, TaskOptions
 from mechinterp_cli.config.model import ModelOptions
 from mechinterp_cli.config.types import Count, Flag, Fraction, Number, Seed, Slug, Text, unique
 
+FEWEST_DRAWS = 199
+"""Random sets from which on there is a p-value and a verdict."""
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)")

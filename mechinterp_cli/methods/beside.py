@@ -7,14 +7,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from mechinterp_cli.config.schema import FEWEST_DRAWS
 from mechinterp_cli.config.schema import StatsOptions as StatsSection
 from mechinterp_cli.stats import Units, choose_units, draw_weights, ratio_intervals, verdicts
 from mechinterp_cli.stats.intervals import IntervalMethod
 
 Floats = npt.NDArray[np.float64]
 Row = dict[str, Any]
-FEWEST_DRAWS = 199
-"""Random sets from which on there is a p-value and a verdict."""
 SIGNIFICANT = 0.05
 VERDICT_LEVEL = 0.9
 

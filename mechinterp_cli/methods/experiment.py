@@ -1,5 +1,6 @@
 """What a subcommand supplies: an experiment on one model, checked before anything is computed."""
 
+import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -110,10 +111,11 @@ def prepares(options: type[Options]) -> Callable[[Prepare[Options]], Prepare[Opt
 
 
 def experiment_of(setting: Setting) -> Experiment:
-    """The experiment that a config asks for.
+    """The experiment that a config asks for; the module that makes it is imported here, and torch with it.
 
     Raises:
         UserError: Anything that the config, the model or the task cannot do.
     """
     method = setting.loaded.config.method
+    importlib.import_module(f"mechinterp_cli.methods.{method.method_name}.experiment")
     return _PREPARE[type(method)](method, setting)

@@ -6,19 +6,17 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from mechinterp_cli.config.base import MethodOptions
 from mechinterp_cli.config.loader import LoadedConfig
-from mechinterp_cli.config.types import Seed
 from mechinterp_cli.engine.capture import Means, group_means
 from mechinterp_cli.engine.edits import Edit, Site, Trial
 from mechinterp_cli.errors import UserError
+from mechinterp_cli.methods.interchange_options import InterchangeOptions
 from mechinterp_cli.methods.specs import TrialSpec
 from mechinterp_cli.models.anatomy import Anatomy
 from mechinterp_cli.models.loaded import LoadedModel
@@ -27,28 +25,6 @@ from mechinterp_cli.tasks.draw import Draw
 from mechinterp_cli.tasks.prompts import PromptSet
 
 _OPERATIONS = {"pair": "replace", "other": "replace", "mean": "mean", "zero": "zero"}
-
-
-class InterchangeOptions(MethodOptions):
-    """What is put where; the options that `patch` and `attribute` share."""
-
-    direction: Literal["denoise", "noise"] = "denoise"
-    """`denoise` puts clean activations into the corrupted prompt, `noise` corrupted ones into the clean prompt."""
-    source: Literal["pair", "other", "mean", "zero"] = "pair"
-    """What is put there: the paired prompt's activation, another prompt's (seeded), the data set's mean at the same
-    position of the same template, or zero."""
-    seed: Seed = 0
-    """Seed of the choice of other prompts."""
-
-    @property
-    def base_stream(self) -> str:
-        """The stream that is patched into."""
-        return "corrupt" if self.direction == "denoise" else "clean"
-
-    @property
-    def source_stream(self) -> str:
-        """The stream that is patched from."""
-        return "clean" if self.direction == "denoise" else "corrupt"
 
 
 @dataclass(frozen=True, eq=False)

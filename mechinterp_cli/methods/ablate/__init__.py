@@ -1,7 +1,6 @@
 """`ablate`: take parts away and measure what breaks."""
 
-import mechinterp_cli.methods.ablate.columns as columns
-from mechinterp_cli.methods.ablate.experiment import AblateExperiment
+from mechinterp_cli.methods.ablate import columns
 from mechinterp_cli.methods.ablate.options import AblateOptions
 
-__all__ = ["AblateExperiment", "AblateOptions", "columns"]
+__all__ = ["AblateOptions", "columns"]

@@ -19,8 +19,9 @@ from mechinterp_cli.errors import UserError
 from mechinterp_cli.methods.ablate.options import UnitBlock, UnitKind
 from mechinterp_cli.methods.ablate.overlap import overlapping
 from mechinterp_cli.methods.ablate.units import Part, Unit, place_label
+from mechinterp_cli.methods.binder import Binder, KeyPath
 from mechinterp_cli.methods.directions import Direction, read_directions
-from mechinterp_cli.methods.places import Binder, KeyPath, LayerWindow
+from mechinterp_cli.methods.places import LayerWindow
 from mechinterp_cli.methods.specs import Place
 from mechinterp_cli.models.anatomy import Anatomy
 from mechinterp_cli.tasks.prompts import PromptSet

@@ -13,7 +13,7 @@ from mechinterp_cli.config.problems import nearest
 from mechinterp_cli.errors import UserError
 from mechinterp_cli.methods.ablate.options import RankingRun, UnitKind
 from mechinterp_cli.methods.ablate.units import Unit
-from mechinterp_cli.methods.places import KeyPath
+from mechinterp_cli.methods.binder import KeyPath
 from mechinterp_cli.models.anatomy import Anatomy
 from mechinterp_cli.runs.manifest import Manifest
 from mechinterp_cli.runs.reading import is_run, read_run

@@ -5,9 +5,10 @@ from mechinterp_cli.engine.relevance import check_rules
 from mechinterp_cli.errors import UserError
 from mechinterp_cli.methods.attribute.nodes import Nodes
 from mechinterp_cli.methods.attribute.options import AttributeOptions
+from mechinterp_cli.methods.binder import Binder
 from mechinterp_cli.methods.experiment import Setting
 from mechinterp_cli.methods.interchange import bind, refuse_mean_of_keys
-from mechinterp_cli.methods.places import Binder, LayerWindow
+from mechinterp_cli.methods.places import LayerWindow
 from mechinterp_cli.metrics import METRICS, find_metric
 from mechinterp_cli.stats import Status
 

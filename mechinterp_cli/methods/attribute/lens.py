@@ -18,8 +18,8 @@ from mechinterp_cli.engine.instrument import kinds_by_layer, visiting
 from mechinterp_cli.engine.wavefront import check_finite, logits_chunk
 from mechinterp_cli.methods.attribute.options import LensOptions
 from mechinterp_cli.methods.bench import Bench
+from mechinterp_cli.methods.binder import Binder
 from mechinterp_cli.methods.experiment import Setting
-from mechinterp_cli.methods.places import Binder
 from mechinterp_cli.methods.tables import look_up
 from mechinterp_cli.metrics import Readout, Reference, Targets, at_least_float32, kl, prob, rank
 from mechinterp_cli.models.anatomy import device_of

@@ -6,7 +6,7 @@ from pydantic import AfterValidator, Field
 
 from mechinterp_cli.config.base import BaseConfig
 from mechinterp_cli.config.types import Count, Flag, Index, Number, Seed, unique
-from mechinterp_cli.methods.interchange import InterchangeOptions
+from mechinterp_cli.methods.interchange_options import InterchangeOptions
 from mechinterp_cli.methods.places import Positions, SiteBlock
 
 EstimatorName = Literal["atp", "atp_star", "ig_inputs", "conductance", "relp"]

@@ -1,7 +1,6 @@
 """`circuit`: which edges carry the behaviour, and is that the whole story?"""
 
 from mechinterp_cli.methods.circuit import columns
-from mechinterp_cli.methods.circuit.experiment import CircuitExperiment
 from mechinterp_cli.methods.circuit.options import CircuitOptions
 
-__all__ = ["CircuitExperiment", "CircuitOptions", "columns"]
+__all__ = ["CircuitOptions", "columns"]

@@ -7,13 +7,12 @@ is uniform over the visible keys would score (query i sees i + 1 keys).
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-AttentionScoreName = Literal["previous_token", "duplicate_token", "induction", "prefix_matching", "first_token"]
+from mechinterp_cli.methods.heads.options import AttentionScoreName
 
 GATHERED = 2**20
 """Numbers that are taken out of a pattern at once."""

@@ -9,7 +9,6 @@ eigenvalues, where each sampled token keeps its own.
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -24,9 +23,6 @@ from mechinterp_cli.tasks.draw import Draw
 from mechinterp_cli.tasks.tokenise import Encoder
 from mechinterp_cli.tasks.vocabulary import ordinary_tokens
 
-WeightScoreName = Literal[
-    "copying", "copying_eigenvalues", "successor", "q_composition", "k_composition", "v_composition"
-]
 SOURCE_POSITION = 1
 """Where a token stands whose embedding is read: position 0 is special to many models."""
 ROUNDING = 1e-6

@@ -1,6 +1,6 @@
 """`patch`: put activations of one run into another, and see how far the answer follows."""
 
-from mechinterp_cli.methods.patch.experiment import PatchExperiment
+from mechinterp_cli.methods.patch import columns
 from mechinterp_cli.methods.patch.options import PatchOptions
 
-__all__ = ["PatchExperiment", "PatchOptions"]
+__all__ = ["PatchOptions", "columns"]

@@ -14,14 +14,15 @@ from mechinterp_cli.engine.plan import Work
 from mechinterp_cli.methods import measure as measuring
 from mechinterp_cli.methods import tables
 from mechinterp_cli.methods.bench import Bench
+from mechinterp_cli.methods.binder import Binder
 from mechinterp_cli.methods.dry_run import cost_of
 from mechinterp_cli.methods.experiment import Experiment, Setting, Tables, prepares
 from mechinterp_cli.methods.interchange import Interchange, refuse_mean_of_keys
 from mechinterp_cli.methods.job import Job, Swept
-from mechinterp_cli.methods.patch.options import PatchOptions, bind, make_bucket
+from mechinterp_cli.methods.patch.options import PatchOptions
 from mechinterp_cli.methods.patch.paths import PathSpec, check_setting, expand_paths, path_status, path_values
 from mechinterp_cli.methods.patch.subspaces import Subspaces, along, of_the_file, read_subspaces
-from mechinterp_cli.methods.places import Binder
+from mechinterp_cli.methods.patch.tracing import bind, make_bucket
 from mechinterp_cli.methods.specs import TrialSpec
 from mechinterp_cli.metrics import check_prompts, find_metric
 from mechinterp_cli.report.terminal import strongest

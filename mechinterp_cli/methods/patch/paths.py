@@ -6,24 +6,23 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import Field
 
-from mechinterp_cli.config.base import BaseConfig
 from mechinterp_cli.config.loader import LoadedConfig
-from mechinterp_cli.config.types import Text
 from mechinterp_cli.engine.circuit_graph import Graph, Source, Target, source_named, target_named
 from mechinterp_cli.engine.edge_patching import EdgePatching, Pairs
-from mechinterp_cli.engine.path_patching import Path, Rest, check_path, patch_paths
+from mechinterp_cli.engine.path_patching import Path, check_path, patch_paths
 from mechinterp_cli.engine.wiring import wired
 from mechinterp_cli.errors import UserError
 from mechinterp_cli.methods.bench import Bench
+from mechinterp_cli.methods.binder import KeyPath
 from mechinterp_cli.methods.circuit.saving import Saving
 from mechinterp_cli.methods.interchange import Interchange
 from mechinterp_cli.methods.job import Floats, Job
+from mechinterp_cli.methods.patch.options import PathBlock, PathOptions
 from mechinterp_cli.models.anatomy import Anatomy
 from mechinterp_cli.models.loaded import LoadedModel
 from mechinterp_cli.stats import Status
@@ -34,30 +33,7 @@ _HEAD = re.compile(r"(\d+)\.(\d+)((?:\.[qkv])?)")
 _MLP = re.compile(r"mlp(\d+)")
 _WHOLE_HEAD = re.compile(r"a(\d+)\.h(\d+)")
 
-NameGroup = Annotated[tuple[Text, ...], Field(min_length=1)]
-KeyPath = tuple[str | int, ...]
 Found = TypeVar("Found")
-
-
-class PathOptions(BaseConfig):
-    """Path patching (Wang et al. 2211.00593): senders act on the answer through receivers alone."""
-
-    senders: Literal["heads", "mlps"] | Annotated[tuple[Text | NameGroup, ...], Field(min_length=1)]
-    """Whose outputs are the source stream's: `heads` or `mlps` (each of them a trial), or a list of names, whose inner
-    lists send together: `a9.h6` (head 6 of layer 9), `m3` (the MLP of layer 3), `embed`."""
-    receivers: NameGroup = ("logits",)
-    """Who gets what they send, all together: `logits`, `m3`, `a9.h6.q` (a query), `a9.h2.k` and `a9.h2.v` (counted by
-    key/value heads), `a9.h6` (all three inputs of a head)."""
-    rest: Rest = "frozen"
-    """What lies between the two: `frozen` to the base run (direct paths alone), or free to follow the senders: `mlps`
-    (paths through MLPs too, heads frozen, as in the paper), `heads`, or `free` (both)."""
-
-
-class PathBlock(BaseConfig):
-    """A family of trials: paths from each sender to the receivers."""
-
-    path: PathOptions
-    """From whom to whom."""
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,10 @@ from torch import Tensor
 from mechinterp_cli.config.loader import LoadedConfig
 from mechinterp_cli.engine.edits import Edit, Site, Trial
 from mechinterp_cli.errors import UserError
+from mechinterp_cli.methods.binder import KeyPath
 from mechinterp_cli.methods.directions import joined, read_directions
 from mechinterp_cli.methods.patch.options import PatchBlock, PatchOptions
-from mechinterp_cli.methods.places import KeyPath, LayerWindow
+from mechinterp_cli.methods.places import LayerWindow
 from mechinterp_cli.methods.specs import TrialSpec
 from mechinterp_cli.models.anatomy import Anatomy
 from mechinterp_cli.models.kinds import RESIDUAL_KINDS

@@ -11,13 +11,13 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from mechinterp_cli.engine.activations import Asked, Key, gather, row_shapes, views_by_name
 from mechinterp_cli.engine.edits import Site
+from mechinterp_cli.methods.probe.options import CacheUse
 from mechinterp_cli.models.fingerprint import fingerprint
 from mechinterp_cli.models.loaded import LoadedModel
 from mechinterp_cli.runs import array_files
@@ -25,7 +25,6 @@ from mechinterp_cli.runs.array_files import ArrayFile
 from mechinterp_cli.runs.cache import activations_folder
 from mechinterp_cli.runs.reserved import NoRoomError, reserved
 
-CacheUse = Literal["auto", "always", "never"]
 _VERSION = 1
 """Of what a site's numbers mean: another one makes other names."""
 

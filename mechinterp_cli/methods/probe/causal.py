@@ -15,8 +15,8 @@ from mechinterp_cli.engine.plan import Work
 from mechinterp_cli.errors import UserError
 from mechinterp_cli.methods.job import Job
 from mechinterp_cli.methods.measure import Metrics, split_members
-from mechinterp_cli.methods.probe.causal_options import CausalOptions
-from mechinterp_cli.methods.probe.interventions import PROBE, Changes, Intervention, ProbedSite
+from mechinterp_cli.methods.probe.causal_options import CausalOptions, Intervention
+from mechinterp_cli.methods.probe.interventions import PROBE, Changes, ProbedSite
 from mechinterp_cli.methods.specs import Place
 from mechinterp_cli.models.kinds import KEY_KINDS
 from mechinterp_cli.tasks.prompts import PromptSet

@@ -5,12 +5,12 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from mechinterp_cli.config.base import BaseConfig
+from mechinterp_cli.config.schema import FEWEST_DRAWS
 from mechinterp_cli.config.types import Count, Flag, Fraction, Index, Number, Seed, unique
-from mechinterp_cli.methods.beside import FEWEST_DRAWS
 from mechinterp_cli.methods.places import Positions
-from mechinterp_cli.methods.probe.interventions import Intervention
 
 Strengths = Annotated[tuple[Number, ...], Field(min_length=1)]
+Intervention = Literal["erase", "leace", "steer", "swap"]
 Stream = Literal["clean", "corrupt"]
 LinearProbe = Literal["logistic", "mass_mean", "mass_mean_whitened", "lda", "ridge"]
 """Probes that have directions."""

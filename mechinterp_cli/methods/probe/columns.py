@@ -1,6 +1,6 @@
 """The tables of `probe`, beside the common ones."""
 
-from mechinterp_cli.runs.schema import indices, reals, register_columns, texts
+from mechinterp_cli.runs.schema import Standing, indices, reals, register_columns, register_standing, texts
 
 _CAUSAL_PLACE = [
     *texts("probe", "site", required=True),
@@ -166,3 +166,7 @@ register_columns(
     ],
     keys=(*_PLACE_KEYS, "probe", "prompt", "word"),
 )
+
+# What of two runs is compared: rows of `probes` over all folds, of the model's own activations and the labels.
+_WHOLE = {"target": "label", "split": "test", "baseline": None, "fold": None}
+register_standing("probe", Standing("probes", metric="probe", site="", label="{label}", value="score", only=_WHOLE))

@@ -11,7 +11,8 @@ from torch import Tensor
 from mechinterp_cli.engine.edits import Site
 from mechinterp_cli.engine.under_edits import activations_under
 from mechinterp_cli.methods.measure import split_members
-from mechinterp_cli.methods.probe.interventions import PROBE, Changes, Intervention, ProbedSite
+from mechinterp_cli.methods.probe.causal_options import Intervention
+from mechinterp_cli.methods.probe.interventions import PROBE, Changes, ProbedSite
 from mechinterp_cli.methods.specs import Place
 from mechinterp_cli.models.loaded import LoadedModel
 from mechinterp_cli.tasks.prompts import PromptSet

@@ -14,8 +14,8 @@ from mechinterp_cli.engine.edits import Site
 from mechinterp_cli.engine.plan import free_memory
 from mechinterp_cli.errors import UserError
 from mechinterp_cli.methods.bench import Bench
+from mechinterp_cli.methods.binder import Binder
 from mechinterp_cli.methods.experiment import Experiment, Setting, Tables, prepares
-from mechinterp_cli.methods.places import Binder
 from mechinterp_cli.methods.probe.activations import Activations, Keeping, Source, activations
 from mechinterp_cli.methods.probe.chance import with_chance
 from mechinterp_cli.methods.probe.exchange import Integers

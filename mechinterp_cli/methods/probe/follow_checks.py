@@ -4,8 +4,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from mechinterp_cli.errors import UserError
 from mechinterp_cli.methods import measure as measuring
+from mechinterp_cli.methods.binder import Binder, KeyPath
 from mechinterp_cli.methods.experiment import Setting
-from mechinterp_cli.methods.places import Binder, KeyPath
 from mechinterp_cli.methods.probe.causal_options import CausalOptions
 from mechinterp_cli.methods.probe.causal_split import Split, chosen, hold_out, subset
 from mechinterp_cli.methods.probe.directions import LINEAR

@@ -12,16 +12,15 @@ With B the orthonormal rows of a subspace and μ the mean of the activations tha
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from mechinterp_cli.engine.edits import Edit, Op, Site
+from mechinterp_cli.methods.probe.causal_options import Intervention
 from mechinterp_cli.methods.probe.random_directions import Cloud, RandomSubspaces, matched_subspaces
 
-Intervention = Literal["erase", "leace", "steer", "swap"]
 PROBE = "probe"
 """What the probe's own subspace is called in tables, beside `random` and the names of control labels."""
 ORTHONORMAL = 1e-4

@@ -6,11 +6,11 @@ from pydantic import AfterValidator, Field
 
 from mechinterp_cli.config.base import MethodOptions
 from mechinterp_cli.config.types import Flag, Number, Seed, unique
-from mechinterp_cli.methods.probe.activations import CacheUse
 from mechinterp_cli.methods.probe.causal_options import CausalOptions
-from mechinterp_cli.methods.probe.sites import ProbeSites
+from mechinterp_cli.methods.probe.site_options import ProbeSites
 
 ProbeName = Literal["logistic", "mass_mean", "mass_mean_whitened", "lda", "mlp", "ridge"]
+CacheUse = Literal["auto", "always", "never"]
 Baseline = Literal["majority", "bag", "embedding", "random_weights"]
 Penalty = Annotated[Number, Field(gt=0)]
 Draws = Annotated[int, Field(strict=True, ge=0)]

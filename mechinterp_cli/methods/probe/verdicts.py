@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from mechinterp_cli.config.schema import FEWEST_DRAWS
 from mechinterp_cli.config.schema import StatsOptions as StatsSection
-from mechinterp_cli.methods.beside import FEWEST_DRAWS, SIGNIFICANT, Estimates, estimate
+from mechinterp_cli.methods.beside import SIGNIFICANT, Estimates, estimate
 from mechinterp_cli.stats import verdicts
 from mechinterp_cli.stats.families import step_down
 
