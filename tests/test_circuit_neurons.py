@@ -90,7 +90,9 @@ def test_the_neurons_of_an_mlp_add_up_to_what_edges_say_of_it(small: Run, tmp_pa
 
 def test_members_are_the_best_of_a_ranking_and_the_embedding_is_not_among_them(small: Run) -> None:
     edges, members = small.table("edges"), small.table("members")
-    counted = small.table("faithfulness").set_index(["score", "rank", "size"])
+    found = small.table("faithfulness")
+    keys = zip(found["score"], found["rank"], found["size"], strict=True)
+    counted = dict(zip(keys, zip(found["asked"], found["kept"], strict=True), strict=True))
     for score in ("eap", "exact", "random"):
         chosen = edges[(edges["score"] == score) & (edges["source"] != "embed")]
         for rank in ("signed", "absolute"):
@@ -98,9 +100,12 @@ def test_members_are_the_best_of_a_ranking_and_the_embedding_is_not_among_them(s
             for size in SIZES:
                 own = members[(members["score"] == score) & (members["rank"] == rank) & (members["size"] <= size)]
                 assert set(own["source"]) == set(order[: int(size * ITEMS)])
-                row = counted.loc[(score, rank, size)]
-                assert row["kept"] == row["asked"] == int(size * ITEMS)
+                assert counted[score, rank, size] == (int(size * ITEMS),) * 2
     assert not (members["source"] == "embed").any()
+
+
+def _where(kept: torch.Tensor, other: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+    return torch.where(kept, own, other)
 
 
 def test_a_circuit_is_what_ordinary_hooks_make_of_it(small: Run) -> None:
@@ -111,13 +116,13 @@ def test_a_circuit_is_what_ordinary_hooks_make_of_it(small: Run) -> None:
     _, there = oracle.run(corrupt)
     own = members[(members["score"] == "exact") & (members["rank"] == "signed") & (members["size"] <= 0.1)]
     kept = set(own["source"])
-    changes = {}
+    changes: dict[tuple[str, int], Callable[[torch.Tensor], torch.Tensor]] = {}
     for layer in range(2):
         heads = torch.tensor([f"a{layer}.h{i}" in kept for i in range(4)])[:, None]
         neurons = torch.tensor([f"m{layer}.n{i}" in kept for i in range(NEURONS)])
         assert heads.any()
-        changes["z", layer] = partial(torch.where, heads, other=there["z", layer])
-        changes["neuron", layer] = partial(torch.where, neurons, other=there["neuron", layer])
+        changes["z", layer] = partial(_where, heads, there["z", layer])
+        changes["neuron", layer] = partial(_where, neurons, there["neuron", layer])
     logits = oracle.run(clean, changes)[0][:, -1]
     answers, wrong = (small.answers(name)[evaluate] for name in ("answer_ids", "wrong_answer_ids"))
     rows = torch.arange(len(evaluate))
@@ -185,7 +190,8 @@ def test_neurons_are_told_apart_by_spans_and_sum_to_those_that_are_not(tmp_path:
     assert len(parts) == 3 * len(whole)
     sums, own = parts.groupby("source")["value"].sum(), whole.set_index("source")["value"]
     assert (sums - own).abs().max() <= 1e-5 * own.abs().max()
-    row = run.table("faithfulness").set_index(["rank", "size"]).loc[("signed", 0.1)]
+    rows = run.table("faithfulness")
+    row = rows[(rows["rank"] == "signed") & (rows["size"] == 0.1)].iloc[0]
     assert row["asked"] == row["kept"] == int(0.1 * 3 * ITEMS)
     assert 0 < number(row["faithfulness"]) < 2
 

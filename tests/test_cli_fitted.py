@@ -17,7 +17,7 @@ from tests.page_runs import reference
 ESCAPE = re.compile(r"\x1b\[[0-9;]*m")
 WIDTHS = (60, 80, 200)
 RANKS = {"name": 0, "status": 0, "note": 1, "seconds": 2, "model": 3}
-ROWS = [
+ROWS: list[dict[str, Any]] = [
     {"name": "2026-11-27T172747Z-probe-truth-e9de14", "status": "complete", "model": "smollm2-135m-instruct",
      "seconds": 31.25, "empty": None, "note": ""},
     {"name": "2026-11-27T180434Z-attribute-ioi-afd604", "status": "failed", "model": "toy", "seconds": None,

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import pytest
 
@@ -38,7 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Shown:
     """A run's page with all charts drawn, and what was written to the console."""
 
-    def __init__(self, browser: "Browser", folder: Path, name: str, scheme: str) -> None:
+    def __init__(self, browser: "Browser", folder: Path, name: str, scheme: Literal["light", "dark"]) -> None:
         file = folder / f"{name}.html"
         if not file.exists():
             file.write_bytes(page_of_runs([reference(name)]))

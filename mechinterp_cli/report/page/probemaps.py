@@ -128,7 +128,7 @@ def _spread(rows: pd.DataFrame, values: pd.Series, count: int) -> npt.NDArray[np
 
 
 def _wrong(rows: pd.DataFrame, count: int) -> npt.NDArray[np.bool_]:
-    return np.asarray(_spread(rows, (~_right(rows)).astype(float), count) == 1)
+    return np.asarray(_spread(rows, (~_right(rows)).astype(float), count) == 1, dtype=np.bool_)
 
 
 def _told(rows: pd.DataFrame, count: int) -> dict[str, list[object]]:
