@@ -65,7 +65,7 @@ def _panel(histogram: Histogram, at: int, *, with_legend: bool) -> alt.LayerChar
         return alt.Scale(domain=names, range=[looks[i % len(looks)] for i in range(len(names))])
 
     legend = alt.Legend(title=None, labelLimit=LEGEND_ROOM, **STROKE) if with_legend else None
-    fill = alt.Color("name:N", scale=scale(SERIES_COLOURS), legend=None)
+    fill = alt.Fill("_fill:N", scale=None, legend=None)  # a scale of its own would split the legend in two
     colour = alt.Color("name:N", scale=scale(SERIES_COLOURS), legend=legend)
     dash = alt.StrokeDash("name:N", scale=scale(DASHES), legend=legend)
     reach = alt.Scale(domain=[bins[0], bins[-1]], nice=False, zero=False)
@@ -85,8 +85,7 @@ def _panel(histogram: Histogram, at: int, *, with_legend: bool) -> alt.LayerChar
         middle.encode(x),
     ]
     whole = alt.LayerChart(layer=layers, width=WIDTH, height=HEIGHT, title=show_text(panel.title))
-    drawn: alt.LayerChart = whole.resolve_scale(color="independent")
-    return drawn
+    return whole
 
 
 def _shares(panel: HistogramPanel, bins: Sequence[float]) -> Iterator[tuple[str, list[float]]]:
@@ -98,10 +97,11 @@ def _shares(panel: HistogramPanel, bins: Sequence[float]) -> Iterator[tuple[str,
 
 def _bars(panel: HistogramPanel, bins: Sequence[float]) -> Iterator[dict[str, Any]]:
     sizes = {show_text(name): len(values) for name, values in panel.series.items()}
-    for name, shares in _shares(panel, bins):
+    for index, (name, shares) in enumerate(_shares(panel, bins)):
+        look = {"name": name, "n": str(sizes[name]), "_fill": SERIES_COLOURS[index % len(SERIES_COLOURS)]}
         for at, share in enumerate(shares):
             if share:
-                yield {"name": name, "from": bins[at], "to": bins[at + 1], "share": share, "n": str(sizes[name])}
+                yield {**look, "from": bins[at], "to": bins[at + 1], "share": share}
 
 
 def _outline(panel: HistogramPanel, bins: Sequence[float]) -> Iterator[dict[str, Any]]:

@@ -61,7 +61,7 @@ def _outlines(boxes: list[dict[str, Any]], x: alt.X, y: alt.Y) -> alt.Chart:
     legend = alt.Legend(title=None, values=[sign for sign in signs if sign], **_SQUARE) if any(signs) else None
     drawn: alt.Chart = (
         alt.Chart(inline(boxes))
-        .mark_rect(color=PAPER, cornerRadius=4, opacity=1)
+        .mark_bar(color=PAPER, cornerRadius=4, opacity=1)
         .encode(
             x,
             y,
