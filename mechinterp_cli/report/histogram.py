@@ -84,8 +84,7 @@ def _panel(histogram: Histogram, at: int, *, with_legend: bool) -> alt.LayerChar
         steps.encode(x, y, colour, dash, detail="name:N"),
         middle.encode(x),
     ]
-    whole = alt.LayerChart(layer=layers, width=WIDTH, height=HEIGHT, title=show_text(panel.title))
-    return whole
+    return alt.LayerChart(layer=layers, width=WIDTH, height=HEIGHT, title=show_text(panel.title))
 
 
 def _shares(panel: HistogramPanel, bins: Sequence[float]) -> Iterator[tuple[str, list[float]]]:
