@@ -21,6 +21,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechinterp_cli.errors import UserError
+from mechinterp_cli.metric_names import no_metric
 from mechinterp_cli.tasks.prompts import Prompt
 from mechinterp_cli.tasks.registry import tasks_with_answers
 from mechinterp_cli.token_sets import TokenSets
@@ -346,7 +347,7 @@ def find_metric(name: str) -> Metric:
         UserError: There is none.
     """
     if name not in METRICS:
-        raise UserError(f"metrics: {name!r} is not a metric", f"Choose from {', '.join(sorted(METRICS))}.")
+        raise no_metric(name)
     return METRICS[name]
 
 

@@ -17,13 +17,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mechinterp_cli.errors import UserError
+from mechinterp_cli.metric_names import TOKEN_METRICS
 from mechinterp_cli.metrics import Reference, at_least_float32, log_partition
 
-TOKEN_METRICS = ("loss", "kl", "top1", "repeated_loss", "first_loss", "loss_gap")
-"""All metrics. `loss`: mean cross-entropy of the next token, nats. `kl`: mean of Σ_vocab p_clean (log p_clean − log p),
-nats, a sum over the vocabulary. `top1`: share of predictions whose first choice is the unedited model's.
-`repeated_loss`, `first_loss`: mean loss of predictions that repeat an earlier pair, and of tokens that have not
-occurred; `loss_gap`: the first minus the second, so in-context learning makes it negative."""
 BASE = ("loss", "kl", "top1")
 """What is measured at each position."""
 TOKEN_LABELS: Mapping[str, str] = {

@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from mechinterp_cli.cli.main import main
+from mechinterp_cli.cli.starters import STARTERS
 from mechinterp_cli.config.base import MethodOptions
 from mechinterp_cli.errors import DifferenceError, ProofError, RunError, UserError
 from mechinterp_cli.runs.manifest import Manifest
@@ -218,6 +219,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.startswith("mechinterp 0.")
 
 
+TORCH = {"torch", "transformers", "sklearn", "safetensors", "tokenizers"}
 HEAVY = {"torch", "transformers", "numpy", "pandas", "pyarrow", "scipy", "sklearn", "altair", "rich", "yaml"}
 
 
@@ -231,6 +233,56 @@ def test_help_is_there_at_once_as_nothing_heavy_is_imported(arguments: list[str]
     imported = set(done.stdout.splitlines()[-1].split())
     assert "typer" in imported
     assert not imported & heavy
+
+
+REFERENCE = Path(__file__).parent.parent / "runs" / "reference"
+IN_TURN = """
+import json, sys
+from mechinterp_cli.cli.main import main
+def run(arguments):
+    return [main(arguments), sorted({name.partition(".")[0] for name in sys.modules})]
+found = [run(arguments) for arguments in json.loads(sys.argv[1])]
+open(sys.argv[2], "w").write(json.dumps(found))
+"""
+
+
+def _imported_after(commands: list[list[str]], folder: Path) -> list[tuple[int, set[str]]]:
+    """Of commands that one process runs in turn: each one's exit code, and what is imported by then."""
+    there = folder / "imported.json"
+    arguments = [sys.executable, "-c", IN_TURN, json.dumps(commands), str(there)]
+    subprocess.run(arguments, check=True, capture_output=True, cwd=folder)
+    return [(code, set(names)) for code, names in json.loads(there.read_text())]
+
+
+def test_what_needs_no_model_needs_no_torch(tmp_path: Path) -> None:
+    patched, probed = (str(REFERENCE / name) for name in ("patch-induction-toy", "probe-toy"))
+    done = [
+        ["schema"], ["init", "patch"], ["runs", str(REFERENCE)], ["verify", patched], ["show", patched],
+        ["compare", patched, patched], ["compare", probed, probed], ["report", patched, "-o", "page.html"],
+    ]  # fmt: skip
+    for (code, imported), command in zip(_imported_after(done, tmp_path), done, strict=True):
+        assert code == 0, command
+        assert not imported & TORCH, command
+        if command[0] not in ("compare", "report"):
+            assert not imported & {"scipy", "altair"}, command
+    assert (tmp_path / "page.html").stat().st_size > 10_000
+
+
+def test_a_config_is_refused_before_torch_is_imported(tmp_path: Path) -> None:
+    for kind, starter in STARTERS.items():
+        (tmp_path / f"{kind}.yaml").write_text(yaml.safe_dump(dict(starter)))
+    wrong = [
+        [kind, f"{kind}.yaml", "--dry-run", "--set", change]
+        for kind in STARTERS
+        for change in (f"{kind}.nope=1", "task.n=many", "task.name=nope", "metrics=[nope]")
+    ]
+    *found, (code, imported) = _imported_after([*wrong, ["patch", "patch.yaml", "--set", "model.id=./nope"]], tmp_path)
+    # That it is seen when they are imported: what only the loader of models can tell is told after that.
+    assert code == 2
+    assert {"torch", "transformers"} <= imported
+    for (code, imported), command in zip(found, wrong, strict=True):
+        assert code == 2, command
+        assert not imported & (TORCH | {"scipy", "altair"}), command
 
 
 def test_models_are_listed(capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,6 +8,7 @@ import torch
 from scipy.special import log_softmax, logsumexp, softmax
 
 from mechinterp_cli.errors import UserError
+from mechinterp_cli.metric_names import ANSWER_METRICS
 from mechinterp_cli.metrics import METRICS, Measurer, find_metric
 from mechinterp_cli.tasks.prompts import Prompt
 
@@ -176,6 +177,10 @@ def test_divergence_needs_no_answer() -> None:
     unasked = Measurer(["kl"], [prompt([]), prompt([])], clean)(other, index)
     assert torch.equal(asked, unasked)
     assert (unasked > 0.01).all()
+
+
+def test_names_known_without_torch_are_those_of_the_functions() -> None:
+    assert tuple(METRICS) == ANSWER_METRICS
 
 
 def test_refusals_name_the_cause() -> None:

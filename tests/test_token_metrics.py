@@ -22,11 +22,11 @@ from mechinterp_cli.engine.plan import Work
 from mechinterp_cli.engine.wavefront import Settings, Values
 from mechinterp_cli.errors import RunError, UserError
 from mechinterp_cli.methods.job import Job
+from mechinterp_cli.metric_names import TOKEN_METRICS
 from mechinterp_cli.models.anatomy import Anatomy, find_anatomy
 from mechinterp_cli.models.loaded import LoadedModel
 from mechinterp_cli.token_metrics import (
     TOKEN_LABELS,
-    TOKEN_METRICS,
     TokenMeasurer,
     both_kinds,
     first_choice_kept,

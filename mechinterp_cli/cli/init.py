@@ -71,12 +71,12 @@ def starter(kind: str, path: Path) -> str:
     from mechinterp_cli.config.base import MethodOptions
     from mechinterp_cli.config.commented import commented
     from mechinterp_cli.config.jsonschema import experiment_schema
-    from mechinterp_cli.metrics import METRICS
+    from mechinterp_cli.metric_names import ANSWER_METRICS
 
     about = inspect.cleandoc(EXPERIMENTS[kind]).splitlines()[0]
     head = _HEAD.format(schema=SCHEMA_FILE, about=about, kind=kind, file=_quoted(path))
     fixed = ("metrics",) if MethodOptions.registry[kind].own_metrics else ()
-    notes = {"metrics": f"There are {', '.join(METRICS)}."}
+    notes = {"metrics": f"There are {', '.join(ANSWER_METRICS)}."}
     return head + commented(experiment_schema(), STARTERS[kind], left_out=fixed, notes=notes)
 
 

@@ -17,6 +17,7 @@ from mechinterp_cli.config.schema import ExperimentConfig
 from mechinterp_cli.config.yaml_reader import MAX_BYTES, Document, KeyPath, decode, parse
 from mechinterp_cli.config.yaml_writer import dump
 from mechinterp_cli.errors import UserError
+from mechinterp_cli.metric_names import check_metric_names
 
 _STEP = re.compile(r"\.?([^.\[\]]+)|\[([0-9]+)\]")
 _LEADING_KEY = re.compile(r"[a-z_]+(?:\.[a-z_]+|\[[0-9]+\])*(?=:? )")
@@ -95,7 +96,10 @@ def load_config(path: Path, overrides: Sequence[str] = (), *, method: str | None
         apply_override(document, override)
     section = _method_section(document, str(path), method)
     config = _validate(document, section, str(path))
-    return LoadedConfig(config, path, source, tuple(overrides), document.origins)
+    loaded = LoadedConfig(config, path, source, tuple(overrides), document.origins)
+    with loaded.located():
+        check_metric_names(config.metrics)
+    return loaded
 
 
 def read_source(path: Path) -> bytes:

@@ -15,7 +15,6 @@ from mechinterp_cli.engine.determinism import determinism_state, deterministic
 from mechinterp_cli.methods.bench import Bench, Recorded, Tally
 from mechinterp_cli.methods.experiment import Experiment, Setting, experiment_of
 from mechinterp_cli.methods.measure import build_prompts
-from mechinterp_cli.metrics import find_metric
 from mechinterp_cli.models.anatomy import device_of
 from mechinterp_cli.models.checkpoints import Moment, check_same, moments_of
 from mechinterp_cli.models.load import load_model
@@ -27,7 +26,6 @@ from mechinterp_cli.runs.recorder import RunRecorder, record
 from mechinterp_cli.runs.schema import PARQUET_ONLY, validate
 from mechinterp_cli.runs.tables import Formats, to_frame
 from mechinterp_cli.tasks.rows import content_hash, describe, prompt_rows
-from mechinterp_cli.token_metrics import TOKEN_METRICS
 
 ONE_FORMAT: Formats = ("parquet",)
 
@@ -74,9 +72,6 @@ def prepare(loaded: LoadedConfig, progress: Progress, *, compute: bool = True) -
     Raises:
         UserError: Anything that the config, the model or the task cannot do.
     """
-    for name in loaded.config.metrics:
-        if name not in TOKEN_METRICS:
-            find_metric(name)
     moments = moments_of(loaded.config.model)
     moment = moments[0]
     progress.stage(f"{moment.heading}loading {moment.options.id}")
