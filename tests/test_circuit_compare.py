@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from mechinterp_cli.runs.compare import Comparison, compare
-from mechinterp_cli.runs.sides import read_side
+from mechinterp_cli.runs.sides import differing, read_side
 from tests.experiments import Run, run_method
 
 TASK = {"name": "induction", "n": 8, "block": 6, "prefix": 2}
@@ -54,3 +54,22 @@ def test_heads_stand_beside_those_of_ablate(circuit: Run, tmp_path: Path) -> Non
     # Two runs of ablate keep their own words.
     same = compare(read_side(ablated.path), read_side(ablated.path))
     assert set(same.rows["site"]) == {"head", "mlp"}
+
+
+def test_every_ablation_of_a_run_stands_beside_every_score(circuit: Run, tmp_path: Path) -> None:
+    section = {"units": [{"kind": "head"}], "values": ["zero", "mean"]}
+    ablated = run_method(tmp_path, "ablate", section, task=TASK)
+    summary = ablated.table("summary")
+    measured = summary[summary["aggregate"] == "ratio_of_means"].set_index("label")["normalized"]
+    for a, b, side in ((circuit, ablated, "b"), (ablated, circuit, "a")):
+        found = compare(read_side(a.path), read_side(b.path))
+        rows = common(found)
+        assert set(zip(rows["estimator"], rows["ablation"], strict=True)) == {("eap", "zero"), ("eap", "mean")}
+        for ablation in ("zero", "mean"):
+            values = rows[rows["ablation"] == ablation].set_index(["layer", "head"])[side]
+            wanted = [measured[f"{layer}.{head}, {ablation}"] for layer in range(2) for head in range(4)]
+            assert values.sort_index().tolist() == pytest.approx(wanted)
+        assert {(row["site"], row["ablation"]) for row in found.agreement if row["common"]} == {
+            ("z", "zero"), ("z", "mean"),
+        }  # fmt: skip
+        assert [change for change in differing(*(read_side(run.path) for run in (a, b))) if "method" in change] == []

@@ -75,7 +75,7 @@ def compare(
 
 
 _RANKS = {
-    **{name: 0 for name in ("checkpoint", "estimator", "metric", "site", "max_diff")},
+    **{name: 0 for name in ("checkpoint", "estimator", "ablation", "metric", "site", "max_diff")},
     **{name: at for at, name in enumerate(("pearson", "mean_diff", "same_sign", "common", "spearman"), start=1)},
     **{name: 6 for name in ("only_a", "only_b", "no_number")},
     **{name: at for at, name in enumerate(("max_at", "trivial"), start=7)},
@@ -96,7 +96,9 @@ def _tell(console: Console, found: Any) -> None:
 
 
 def _place(row: dict[str, Any]) -> str:
-    return ", ".join(str(row[name]) for name in ("checkpoint", "estimator", "metric", "site") if name in row)
+    return ", ".join(
+        str(row[name]) for name in ("checkpoint", "estimator", "ablation", "metric", "site") if name in row
+    )
 
 
 def _short(row: dict[str, Any]) -> dict[str, Any]:

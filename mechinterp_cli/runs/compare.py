@@ -6,7 +6,8 @@ methods whose runs another table stands for (`heads`: the scores), that table's 
 
 Estimates (`attribute`) are joined by their estimator too; a run that measures (`patch`) is set beside every estimator
 of one that estimates, by size where an estimator tells no sign. A run of `circuit` stands there by its nodes, whose
-estimates are the sums over the edges that leave them; units of `ablate` are set beside sites (a head beside `z`).
+estimates are the sums over the edges that leave them; units of `ablate` are set beside sites (a head beside `z`), each
+ablation for itself.
 
 Trivial rows (0 in both, because causality says so) are counted and nothing more: hundreds of exact zeros on top of
 each other would make any two sweeps look alike. So they are in no mean, correlation, overlap or sign share.
@@ -26,12 +27,15 @@ import pyarrow as pa
 from mechinterp_cli.errors import DifferenceError, UserError
 from mechinterp_cli.runs.atomic import write_bytes
 from mechinterp_cli.runs.directory import check_writable
-from mechinterp_cli.runs.estimators import ESTIMATOR, beside_each, signed
+from mechinterp_cli.runs.estimators import ABLATION, ESTIMATOR, beside_each, signed
 from mechinterp_cli.runs.sides import NEEDED, Side, by_sites
 from mechinterp_cli.runs.tables import write_csv, write_parquet
 from mechinterp_cli.stats.agreement import agree
 
-KEYS = ("checkpoint", "metric", "site", "layer", "head", "kv_head", "neuron", "position", "span", "template", ESTIMATOR)
+KEYS = (
+    *("checkpoint", "metric", "site", "layer", "head", "kv_head", "neuron", "position", "span", "template"),
+    *(ESTIMATOR, ABLATION),
+)
 """What makes a row of one run and a row of another the same."""
 Column = Literal["value", "effect", "normalized"]
 Floats = npt.NDArray[np.float64]
@@ -64,7 +68,7 @@ class Comparison:
     `status_a`, `status_b`, and `state`: `compared`, `trivial`, `no_number` (null or NaN in A or B), `only_a`,
     `only_b`."""
     agreement: list[dict[str, Any]]
-    """A row per metric and kind of site, of each estimator and of each checkpoint that both runs have, where there are
+    """A row per metric and kind of site, of each estimator, ablation and checkpoint that both runs have, where there are
     several."""
 
     def ranked(self) -> pd.DataFrame:
@@ -88,7 +92,7 @@ class Comparison:
 
     @cached_property
     def _several(self) -> list[str]:
-        named = [name for name in ("template", "checkpoint", ESTIMATOR) if name in self.rows]
+        named = [name for name in ("template", "checkpoint", ESTIMATOR, ABLATION) if name in self.rows]
         return [name for name in named if self.rows[name].nunique() > 1]
 
     def check(self, limit: float) -> None:
@@ -287,7 +291,7 @@ def _smallest_effect(a: Side, b: Side) -> float:
 def _agreement(rows: pd.DataFrame, options: CompareOptions, smallest: float) -> Iterator[dict[str, Any]]:
     """A row per metric and kind of site, in the order of the runs; of each estimator and checkpoint of both runs."""
     along = "checkpoint" in rows and bool(rows["checkpoint"].notna().any())
-    first = ["checkpoint"] * along + [ESTIMATOR] * (ESTIMATOR in rows)
+    first = ["checkpoint"] * along + [name for name in (ESTIMATOR, ABLATION) if name in rows]
     names = [*first, "metric", "site"]
     if along:
         shared = rows["checkpoint"][~rows["state"].isin(["only_a", "only_b"])]
@@ -368,5 +372,5 @@ def _agreement_table(rows: Sequence[dict[str, Any]]) -> pa.Table:
     return pa.Table.from_pylist(rows, pa.schema([(name, kinds.get(name, pa.float64())) for name in rows[0]]))
 
 
-_TEXTS = ("checkpoint", ESTIMATOR, "metric", "site", "column", "max_at", "undefined")
+_TEXTS = ("checkpoint", ESTIMATOR, ABLATION, "metric", "site", "column", "max_at", "undefined")
 _COUNTS = ("common", "only_a", "only_b", "trivial", "no_number", "compared", "top", "sign_rows")

@@ -1,10 +1,12 @@
-"""Estimators in tables: which tell a sign, and how rows that have one stand beside rows that have none."""
+"""Estimators and ablations in tables: which tell a sign, and how rows that have one stand beside rows that have none."""
 
 from collections.abc import Sequence
 
 import pandas as pd
 
 ESTIMATOR = "estimator"
+ABLATION = "ablation"
+"""What an ablated part is replaced by, where a run tries several."""
 SIZED, SIGNED_KINDS = "atp_star", ("q", "k")
 """GradDrop is a mean of magnitudes: this estimator has a sign for these kinds of sites alone."""
 
@@ -22,18 +24,19 @@ def signed(estimator: str | None, site: str, kinds: Sequence[str] = ()) -> bool:
 
 
 def beside_each(a: pd.DataFrame, b: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Where the rows of one side alone are estimates, the other's stand beside each estimator.
+    """Where the rows of one side alone are estimates, the other's stand beside each estimator; of ablations likewise.
 
     Args:
         a: Rows of a run.
         b: Rows of another.
     """
-    if ESTIMATOR in a and ESTIMATOR not in b:
-        return a, _repeated(b, a)
-    if ESTIMATOR in b and ESTIMATOR not in a:
-        return _repeated(a, b), b
+    for name in (ESTIMATOR, ABLATION):
+        if name in a and name not in b:
+            b = _repeated(b, a, name)
+        elif name in b and name not in a:
+            a = _repeated(a, b, name)
     return a, b
 
 
-def _repeated(rows: pd.DataFrame, like: pd.DataFrame) -> pd.DataFrame:
-    return rows.merge(like[[ESTIMATOR]].drop_duplicates(), how="cross")
+def _repeated(rows: pd.DataFrame, like: pd.DataFrame, name: str) -> pd.DataFrame:
+    return rows.merge(like[[name]].drop_duplicates(), how="cross")

@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from mechinterp_cli.errors import RunError, UserError
 from mechinterp_cli.runs.changes import changes
+from mechinterp_cli.runs.estimators import ABLATION
 from mechinterp_cli.runs.manifest import Manifest
 from mechinterp_cli.runs.reading import is_run, read_run
 from mechinterp_cli.runs.schema import Standing, standing_of, table_keys
@@ -76,14 +77,20 @@ def read_side(path: Path) -> Side:
 def by_sites(a: Side, b: Side) -> tuple[Side, Side]:
     """Both sides in the words of sites, where one is a run of `ablate`, which names units, and the other is not.
 
+    Its ablations are then told apart, where there are several; in two runs of `ablate` the labels do that.
+
     Args:
         a: The first.
         b: The second.
     """
     ablated = [side.manifest.subcommand == "ablate" for side in (a, b)]
     if ablated[0] == ablated[1]:
-        return a, b
+        return _without_ablation(a), _without_ablation(b)
     return (_sited(a) if ablated[0] else a), (_sited(b) if ablated[1] else b)
+
+
+def _without_ablation(side: Side) -> Side:
+    return replace(side, rows=side.rows.drop(columns=ABLATION, errors="ignore"))
 
 
 def _sited(side: Side) -> Side:
@@ -93,13 +100,20 @@ def _sited(side: Side) -> Side:
     rows["site"] = rows["site"].map(lambda name: SITES.get(name, name)).astype(rows["site"].dtype)
     if "kv_head" in rows:
         rows["kv_head"] = rows["kv_head"].mask(units & rows["head"].notna().to_numpy(dtype=bool))
-    return replace(side, rows=rows)
+    found = replace(side, rows=rows)
+    return found if rows[ABLATION].nunique() > 1 else _without_ablation(found)
 
 
 def differing(a: Side, b: Side) -> list[str]:
-    """What was not the same in the two runs, but for the list of sites: `model.dtype: float32 -> bfloat16`."""
+    """What was not the same in the two runs, but for the list of sites: `model.dtype: float32 -> bfloat16`.
+
+    Of two methods the sections have nothing in common, and are not compared.
+    """
     shared = {*_checkpoints(a)} & {*_checkpoints(b)}
-    return changes(_conditions(a, shared), _conditions(b, shared))
+    sides = [_conditions(side, shared) for side in (a, b)]
+    if a.manifest.subcommand != b.manifest.subcommand:
+        sides = [{name: value for name, value in side.items() if name != "method"} for side in sides]
+    return changes(*sides)
 
 
 def _checkpoints(side: Side) -> dict[str, Any]:
