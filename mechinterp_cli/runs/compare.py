@@ -68,8 +68,8 @@ class Comparison:
     `status_a`, `status_b`, and `state`: `compared`, `trivial`, `no_number` (null or NaN in A or B), `only_a`,
     `only_b`."""
     agreement: list[dict[str, Any]]
-    """A row per metric and kind of site, of each estimator, ablation and checkpoint that both runs have, where there are
-    several."""
+    """A row per metric and kind of site; of each estimator, ablation and checkpoint that both runs have, where there
+    are several."""
 
     def ranked(self) -> pd.DataFrame:
         """The rows that are not the same, worst first: without a number in one run alone, then by |difference|."""

@@ -1,4 +1,4 @@
-"""Estimators and ablations in tables: which tell a sign, and how rows that have one stand beside rows that have none."""
+"""Estimators and ablations in tables: which tell a sign, and how rows of one stand beside rows of none."""
 
 from collections.abc import Sequence
 

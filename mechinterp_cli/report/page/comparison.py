@@ -15,7 +15,8 @@ WORST = 10
 """Rows that differ most, of each pair."""
 AGREEMENT = {
     "checkpoint": "checkpoint", "estimator": "estimator", "ablation": "ablation", "metric": "metric", "site": "site",
-    "column": "compared as", "compared": "rows", "mean_difference": "mean difference", "max_difference": "largest difference",
+    "column": "compared as", "compared": "rows", "mean_difference": "mean difference",
+    "max_difference": "largest difference",
     "pearson": "Pearson", "spearman": "Spearman", "top_overlap": "overlap of the strongest",
     "sign_agreement": "same sign",
 }  # fmt: skip
