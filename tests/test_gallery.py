@@ -21,9 +21,7 @@ DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 MOST = 100_000
 """Bytes of a picture."""
 CONFIG = "patch-induction-toy"
-NOT_YET = frozenset({"ablate-ioi-heads", "attribute-relp"})
-"""Configs whose pictures are still to be drawn: `python -m benchmarks.gallery NAME`, then the README and this line."""
-SHOWN = [config for config in gallery.configs() if config not in NOT_YET]
+SHOWN = gallery.configs()
 RUN = f"2026-01-31T120000Z-{CONFIG}-0a1b2c"
 
 
