@@ -276,6 +276,7 @@ def test_a_config_is_refused_before_torch_is_imported(tmp_path: Path) -> None:
         for kind in STARTERS
         for change in (f"{kind}.nope=1", "task.n=many", "task.name=nope", "metrics=[nope]")
     ]
+    wrong += [["resume", "nope"], ["reproduce", "nope"]]
     *found, (code, imported) = _imported_after([*wrong, ["patch", "patch.yaml", "--set", "model.id=./nope"]], tmp_path)
     # That it is seen when they are imported: what only the loader of models can tell is told after that.
     assert code == 2

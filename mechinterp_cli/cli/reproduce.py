@@ -32,7 +32,9 @@ def reproduce(
     Example: mechinterp reproduce runs/2026-01-31T120000Z-patch-ioi-0a1b2c --out runs
     """
     from mechinterp_cli.cli.registry import register_all
+    from mechinterp_cli.runs.directory import find_run
 
+    find_run(run)  # a path that is none is told before torch is imported
     register_all()
     from mechinterp_cli.errors import DifferenceError
     from mechinterp_cli.methods import reproduce as method

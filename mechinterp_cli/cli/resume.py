@@ -24,7 +24,9 @@ def resume(run: Run, quiet: Quiet = False, as_json: Json = False) -> None:
     Example: mechinterp resume runs/2026-01-31T120000Z-patch-ioi-0a1b2c
     """
     from mechinterp_cli.cli.registry import register_all
+    from mechinterp_cli.runs.directory import find_run
 
+    find_run(run)  # a path that is none is told before torch is imported
     register_all()
     from mechinterp_cli.methods.resume import resume_experiment
 
