@@ -162,22 +162,55 @@ def edge_scores(
         ValueError: Fewer than one step.
     """
     asked = _Asked(wiring, pairs, metric, batching or Batching(TOKENS_PER_PASS), tick)
-    line = {"eap": (0.0,), "clean_corrupted": (0.0, 1.0)}.get(method) or places(steps, rule)
-    at_once = asked.batching.at_once(pairs.base.shape[1] * len(line))
-    parts, slopes = [], []
-    for prompts in torch.split(torch.arange(len(pairs.base)), at_once):
+    line = line_of(method, steps, rule)
+
+    def scored(prompts: Tensor) -> tuple[EdgeScores, Tensor]:
         lot = _Lot.of(asked, prompts)
-        slopes.append(lot.slopes)
-        parts.append(lot.scored(line, by_block=method == "eap_ig_activations"))
+        return lot.scored(line, by_block=method == "eap_ig_activations"), lot.slopes
+
+    found, slopes = in_lots(pairs, asked.batching.at_once(pairs.base.shape[1] * len(line)), scored)
     if set(line) == {0.0}:
-        refuse_flat(torch.cat(slopes), method)
-    found = EdgeScores.joined(parts)
-    if not np.isfinite(found.by_prompt).all():
-        edge = int(np.flatnonzero(~np.isfinite(found.by_prompt).all(axis=0))[0])
-        raise RunError(
-            f"the estimate of edge {wiring.graph.edge_name(edge)} is NaN or infinite", "Try model.dtype: float32."
-        )
+        refuse_flat(slopes, method)
+    refuse_infinite(found, lambda edge: f"edge {wiring.graph.edge_name(edge)}")
     return found
+
+
+def line_of(method: Method, steps: int, rule: Rule) -> tuple[float, ...]:
+    """The places whose gradients a method takes the mean of, from 0 (the base) to 1 (the source).
+
+    Raises:
+        ValueError: Fewer than one step.
+    """
+    return {"eap": (0.0,), "clean_corrupted": (0.0, 1.0)}.get(method) or places(steps, rule)
+
+
+def in_lots(
+    pairs: Pairs, at_once: int, scored: Callable[[Int[Tensor, " n"]], tuple[EdgeScores, Tensor]]
+) -> tuple[EdgeScores, Float[Tensor, "prompts 2"]]:
+    """Estimates and slopes of all prompts, some at once.
+
+    Args:
+        pairs: The prompts.
+        at_once: How many.
+        scored: Estimates and slopes of the prompts of these indices.
+    """
+    parts, slopes = zip(*map(scored, torch.split(torch.arange(len(pairs.base)), at_once)), strict=True)
+    return EdgeScores.joined(parts), torch.cat(slopes)
+
+
+def refuse_infinite(found: EdgeScores, name: Callable[[int], str]) -> None:
+    """Refuse estimates that are no numbers.
+
+    Args:
+        found: The estimates.
+        name: What an estimate's number is called.
+
+    Raises:
+        RunError: One is not finite.
+    """
+    bad = np.flatnonzero(~np.isfinite(found.by_prompt).all(axis=0))
+    if len(bad):
+        raise RunError(f"the estimate of {name(int(bad[0]))} is NaN or infinite", "Try model.dtype: float32.")
 
 
 @dataclass(frozen=True, eq=False)

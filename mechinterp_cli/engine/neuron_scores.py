@@ -12,21 +12,27 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechinterp_cli.engine.atp import Batching
 from mechinterp_cli.engine.circuit_items import Items
-from mechinterp_cli.engine.edge_scores import EdgeScores, Method, Pairs, Rule, places
+from mechinterp_cli.engine.edge_scores import (
+    EdgeScores,
+    Method,
+    Pairs,
+    Rule,
+    in_lots,
+    line_of,
+    refuse_infinite,
+)
 from mechinterp_cli.engine.edits import Site
 from mechinterp_cli.engine.gradients import EMBED, Context, Differentiable, Pass, differentiated, observed
 from mechinterp_cli.engine.instrument import visiting
 from mechinterp_cli.engine.metric_slopes import Sloped, refuse_flat
 from mechinterp_cli.engine.neuron_wiring import NeuronWiring
 from mechinterp_cli.engine.softmax_fix import widened
-from mechinterp_cli.errors import RunError
 
 TOKENS_PER_PASS = 192
 """Tokens, those of all steps together, that one pass takes on a CPU: more take memory and save little time."""
@@ -64,19 +70,16 @@ def neuron_scores(
         ValueError: Fewer than one step.
     """
     asked = _Asked(wiring, pairs, metric, batching or Batching(TOKENS_PER_PASS), tick)
-    line = {"eap": (0.0,), "clean_corrupted": (0.0, 1.0)}.get(method) or places(steps, rule)
-    at_once = asked.batching.at_once(pairs.base.shape[1] * len(line))
-    parts, slopes = [], []
-    for prompts in torch.split(torch.arange(len(pairs.base)), at_once):
+    line = line_of(method, steps, rule)
+
+    def scored(prompts: Tensor) -> tuple[EdgeScores, Tensor]:
         lot = _Lot.of(asked, prompts)
-        slopes.append(lot.slopes)
-        parts.append(lot.scored(line, by_block=method == "eap_ig_activations"))
+        return lot.scored(line, by_block=method == "eap_ig_activations"), lot.slopes
+
+    found, slopes = in_lots(pairs, asked.batching.at_once(pairs.base.shape[1] * len(line)), scored)
     if set(line) == {0.0}:
-        refuse_flat(torch.cat(slopes), method)
-    found = EdgeScores.joined(parts)
-    if not np.isfinite(found.by_prompt).all():
-        item = int(np.flatnonzero(~np.isfinite(found.by_prompt).all(axis=0))[0])
-        raise RunError(f"the estimate of {wiring.items.name(item)} is NaN or infinite", "Try model.dtype: float32.")
+        refuse_flat(slopes, method)
+    refuse_infinite(found, wiring.items.name)
     return found
 
 
