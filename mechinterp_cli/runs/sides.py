@@ -110,10 +110,10 @@ def differing(a: Side, b: Side) -> list[str]:
     Of two methods the sections have nothing in common, and are not compared.
     """
     shared = {*_checkpoints(a)} & {*_checkpoints(b)}
-    sides = [_conditions(side, shared) for side in (a, b)]
+    before, now = (_conditions(side, shared) for side in (a, b))
     if a.manifest.subcommand != b.manifest.subcommand:
-        sides = [{name: value for name, value in side.items() if name != "method"} for side in sides]
-    return changes(*sides)
+        del before["method"], now["method"]
+    return changes(before, now)
 
 
 def _checkpoints(side: Side) -> dict[str, Any]:
