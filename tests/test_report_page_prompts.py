@@ -146,7 +146,10 @@ def test_a_circuits_map_holds_the_share_that_each_keeps_of_the_prompt() -> None:
             share = shown["values"][str(row["prompt"])][at]
             assert share == pytest.approx((row["value"] - empty) / (full - empty), rel=1e-5, abs=1e-9)
             assert shown["told"][str(row["prompt"])]["logit_diff"][at] == pytest.approx(row["value"], rel=1e-5)
-        assert len(rows) == sum(value is not None for values in shown["values"].values() for value in values)
+        values = [value for values in shown["values"].values() for value in values if value is not None]
+        assert len(rows) == len(values)
+        largest = min(3.0, max(1.0, *map(abs, values)))
+        assert shown["scale"] == pytest.approx([-largest, 0.0, largest], rel=1e-5)
 
 
 def test_shares_weighted_by_what_there_is_to_keep_are_the_faithfulness() -> None:

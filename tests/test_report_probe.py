@@ -67,8 +67,13 @@ def strings(value: Any) -> Iterator[str]:
 
 
 def panels(spec: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """A picture's panels by title."""
-    return {panel["title"]: panel for panel in spec["concat"]}
+    """A picture's panels by title, whose lines are joined."""
+
+    def title(panel: Mapping[str, Any]) -> str:
+        given = panel["title"]
+        return given if isinstance(given, str) else " ".join(given["text"])
+
+    return {title(panel): panel for panel in spec["concat"]}
 
 
 PLACES = {"name", "x", "y", "high", "from", "to", "share", "none"}

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from functools import partial
+from textwrap import wrap
 from typing import Any
 
 import altair as alt
@@ -22,6 +23,8 @@ from mechinterp_cli.report.picture import (
 from mechinterp_cli.report.shapes import Histogram, HistogramPanel
 
 WIDTH, HEIGHT, LEGEND_ROOM = 300, 190, 150
+TITLE = 36
+"""Letters of a line of a panel's title: more would reach beyond the panel."""
 FEWEST, MOST = 8, 30
 """Bins, about."""
 
@@ -84,7 +87,8 @@ def _panel(histogram: Histogram, at: int, *, with_legend: bool) -> alt.LayerChar
         steps.encode(x, y, colour, dash, detail="name:N"),
         middle.encode(x),
     ]
-    return alt.LayerChart(layer=layers, width=WIDTH, height=HEIGHT, title=show_text(panel.title))
+    title = wrap(show_text(panel.title), TITLE) or [""]
+    return alt.LayerChart(layer=layers, width=WIDTH, height=HEIGHT, title=alt.TitleParams(title))
 
 
 def _shares(panel: HistogramPanel, bins: Sequence[float]) -> Iterator[tuple[str, list[float]]]:

@@ -48,7 +48,7 @@ def split(loaded: LoadedConfig, options: SplitOptions | None, prompts: PromptSet
     warnings = []
     if len(set(clusters)) == 1 and len(clusters) > 1:
         clusters = [str(i) for i in everything]
-        warnings.append("circuit: all prompts are of one cluster; training and evaluation prompts are of it both")
+        warnings.append("circuit: all prompts are of one cluster, which training and evaluation prompts share")
     names = sorted(set(clusters), key=clusters.index)
     if len(names) < 2:
         problem = f"{len(everything)} prompt cannot be split into training and evaluation"

@@ -1,6 +1,6 @@
 """Maps of single prompts of `circuit`: how much of that prompt's behaviour every circuit keeps."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -13,8 +13,8 @@ from mechinterp_cli.report.page.promptmaps import PromptMap
 from mechinterp_cli.report.rows import Row, distinct, having, records
 from mechinterp_cli.runs.manifest import Manifest
 
-WHOLE = (-1.0, 0.0, 1.0)
-"""Colours: 0 is the model with every edge patched, 1 the whole model."""
+MOST = 3.0
+"""Largest share that has a colour of its own: on a prompt that hardly divides, shares are wild."""
 ABSENT = "Edges were scored on this prompt; circuits are run on others."
 LEAST = 1e-3
 """Least difference that is divided by, where the config says nothing."""
@@ -67,6 +67,7 @@ def _map(
     at_cell = {cell: at for at, cell in enumerate(cells)}
     placed = rows.assign(cell=[at_cell[place] for place in places])
     parts = {int(number(prompt)): part for prompt, part in placed.groupby("prompt", sort=True)}
+    shares = {at: _shares(part, ends.get(at, (np.nan, np.nan)), least, len(cells)) for at, part in parts.items()}
     return PromptMap(
         title=f"kept, {title}",
         quantity="share kept",
@@ -75,12 +76,19 @@ def _map(
         rows=scores,
         columns=columns,
         cells=cells,
-        values={at: _shares(part, ends.get(at, (np.nan, np.nan)), least, len(cells)) for at, part in parts.items()},
-        scale=WHOLE,
+        values=shares,
+        scale=_scale(shares.values()),
         told={at: {metric: _spread(part, len(cells)).tolist()} for at, part in parts.items()},
         about={at: _about(metric, ends.get(at, (np.nan, np.nan)), least) for at in parts},
         absent=ABSENT,
     )
+
+
+def _scale(shares: Iterable[Floats]) -> tuple[float, float, float]:
+    """Of all prompts: 0 is the model with every edge patched, 1 the whole model, and more where circuits have more."""
+    largest = max((float(np.nanmax(np.abs(one))) for one in shares if np.isfinite(one).any()), default=1.0)
+    end = min(MOST, max(1.0, largest))
+    return -end, 0.0, end
 
 
 def _size(row: Row) -> tuple[tuple[int, float], str]:
