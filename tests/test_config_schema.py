@@ -3,6 +3,7 @@ import json
 import pytest
 from pydantic import ValidationError
 
+from mechinterp_cli.config.base import MethodOptions, TaskOptions
 from mechinterp_cli.config.jsonschema import experiment_schema
 from mechinterp_cli.config.schema import EngineOptions, StatsOptions, memory_bytes
 
@@ -49,3 +50,10 @@ def test_json_schema_is_self_contained() -> None:
 def test_every_key_has_a_description() -> None:
     definition = experiment_schema()["$defs"]["EngineOptions"]
     assert all(prop.get("description") for prop in definition["properties"].values())
+
+
+def test_what_was_imported_first_does_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = json.dumps(experiment_schema())
+    for options in (TaskOptions, MethodOptions):
+        monkeypatch.setattr(options, "registry", dict(reversed(options.registry.items())))
+    assert json.dumps(experiment_schema()) == before

@@ -29,8 +29,9 @@ def experiment_schema() -> dict[str, Any]:
     Returns:
         JSON Schema (draft 2020-12). Exactly one method section is required.
     """
-    tasks = TaskOptions.registry
-    methods = MethodOptions.registry
+    # In order of their names: what was imported first must not show.
+    tasks = dict(sorted(TaskOptions.registry.items()))
+    methods = dict(sorted(MethodOptions.registry.items()))
     models: list[type[BaseConfig]] = [ExperimentConfig, *tasks.values(), *methods.values()]
     refs, definitions = models_json_schema([(model, "validation") for model in models], ref_template=_REF)
     defs = definitions.get("$defs", {})
