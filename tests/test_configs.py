@@ -437,6 +437,7 @@ def test_every_config_is_run_here_and_listed_in_the_readme() -> None:
         "patch-facts-tracing", "patch-induction-toy", "patch-ioi", "patch-ioi-heads", "patch-paths-toy",
     }  # fmt: skip
     assert all(f"(configs/{path.name})" in readme for path in CONFIGS)
+    assert f"--array=0-{len(CONFIGS) - 1}\n" in readme, "a job of the cluster for each"
 
 
 # --- the documents
