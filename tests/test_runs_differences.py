@@ -10,7 +10,14 @@ import pytest
 import mechinterp_cli.methods.attribute.columns
 import mechinterp_cli.methods.circuit.columns  # noqa: F401  the tables' columns are registered there
 from mechinterp_cli.runs.differences import TOLERANCES, Tolerance, table_differences
-from mechinterp_cli.runs.schema import table_keys, table_schema, validate
+from mechinterp_cli.runs.schema import (
+    inferred_columns,
+    reals,
+    register_columns,
+    table_keys,
+    table_schema,
+    validate,
+)
 
 FINE = Tolerance(1e-6, 1e-3)
 ROWS: list[dict[str, Any]] = [
@@ -137,3 +144,10 @@ def test_every_key_is_a_column() -> None:
     common = ("trials", "prompts", "baselines", "results", "summary")
     assert all(table_keys(name) and set(table_keys(name)) <= set(table_schema(name).names) for name in common)
     assert TOLERANCES["float64"].atol < TOLERANCES["float32"].atol < TOLERANCES["bfloat16"].atol
+
+
+def test_only_columns_that_are_there_can_be_inferred() -> None:
+    with pytest.raises(ValueError, match="invented: lacks rho"):
+        register_columns("patch", "invented", reals("value"), inferred=("rho",))
+    assert inferred_columns("verification") == {"pearson", "spearman"}
+    assert inferred_columns("results") == frozenset()

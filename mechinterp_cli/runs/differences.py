@@ -10,17 +10,16 @@ import pandas as pd
 import pyarrow as pa
 from pandas.api.types import is_numeric_dtype
 
-from mechinterp_cli.runs.schema import table_keys
+from mechinterp_cli.runs.schema import inferred_columns, table_keys
 
 INFERRED = frozenset(
     {"ci_low", "ci_high", "cluster_low", "cluster_high", "difference_low", "difference_high"}
     | {"ci_method", "p", "p_adjusted", "p_method", "verdict"}
-    | {"verification.pearson", "verification.spearman", "edges.signed", "edges.absolute", "members.size"}
 )
-"""What statistics make of the numbers (`table.column` where a name means this in one table alone). Compared where the
-effect is the same to the last bit and well beyond the tolerance: elsewhere a sign that rounding turned can tip a
-p-value, and rounding alone decides how numbers that are next to nothing are correlated, and which of two comes first.
-The numbers themselves are what counts."""
+"""What statistics make of the numbers, in any table; a method names more with its own (`inferred_columns`). Compared
+where the effect is the same to the last bit and well beyond the tolerance: elsewhere a sign that rounding turned can
+tip a p-value, and rounding alone decides how numbers that are next to nothing are correlated, and which of two comes
+first. The numbers themselves are what counts."""
 
 _WELL_BEYOND = 10
 """Times the tolerance. A mean that is hardly more may be of one prompt, and what the others are is rounding."""
@@ -89,7 +88,7 @@ def table_differences(name: str, recorded: pa.Table, repeated: pa.Table, toleran
     before, now = before.loc[shared], now.loc[shared]
     for column in dict.fromkeys([*before.columns, *now.columns]):
         if column not in keys:
-            inferred = column in INFERRED or f"{name}.{column}" in INFERRED
+            inferred = column in INFERRED | inferred_columns(name)
             rows = _inferred_alike(before, now, tolerance) if inferred else slice(None)
             found += _column_differences(name, keys, before[rows], now[rows], str(column), tolerance)
     return sorted(found, key=lambda difference: -difference.size)

@@ -194,7 +194,13 @@ STATUSES = ("ok", "trivial", "undefined", "nan")
 """What `results.status` may be: computed; known to be 0 and not computed; no normalised value; NaN in the model."""
 
 
-def register_columns(method: str, table: str, columns: Iterable[pa.Field], keys: Sequence[str] = ()) -> None:
+_INFERRED: dict[str, frozenset[str]] = {}
+"""By table what its method infers from the table's numbers."""
+
+
+def register_columns(
+    method: str, table: str, columns: Iterable[pa.Field], keys: Sequence[str] = (), inferred: Sequence[str] = ()
+) -> None:
     """Add a method's own columns to a table, after the common ones.
 
     A table that is not one of the common ones (`predictions`) is made by this call; it has a checkpoint's columns, too.
@@ -204,16 +210,21 @@ def register_columns(method: str, table: str, columns: Iterable[pa.Field], keys:
         table: The table's name.
         columns: What `column` gives.
         keys: For a table that is made: what names a row, beside the checkpoint.
+        inferred: Columns that are no measurements, and that rounding alone decides where numbers are next to nothing:
+            correlations, places in an order.
 
     Raises:
-        ValueError: A name is taken.
+        ValueError: A name is taken, or a column that is inferred is not there.
     """
     added = [*columns, *(() if table in _COLUMNS else _CHECKPOINT)]
     names = [item.name for item in (*_COLUMNS.get(table, []), *added)]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ValueError(f"{table}: columns named twice: {', '.join(twice)}")
+    if lacking := sorted({*inferred} - {*names}):
+        raise ValueError(f"{table}: lacks {', '.join(lacking)}")
     _extensions[method, table] = added
+    _INFERRED[table] = _INFERRED.get(table, frozenset()) | frozenset(inferred)
     if table not in _COLUMNS:
         _KEYS[table] = ("checkpoint", *keys)
 
@@ -244,6 +255,11 @@ def standing_of(method: str) -> Standing | None:
 def table_keys(table: str) -> tuple[str, ...]:
     """What names a row of a table; none for a table that nobody registered."""
     return _KEYS.get(table, ())
+
+
+def inferred_columns(table: str) -> frozenset[str]:
+    """What a table's methods infer from its numbers; not those that every table may have, such as `p`."""
+    return _INFERRED.get(table, frozenset())
 
 
 def keyed_tables() -> tuple[str, ...]:

@@ -39,6 +39,7 @@ register_columns(
         column("reason", _TEXT),
     ],
     keys=("estimator", "metric", "site", "part"),
+    inferred=("pearson", "spearman"),
 )
 # Effects that matter and whose estimates say that they do not: upper bounds, by size of the estimate.
 register_columns(

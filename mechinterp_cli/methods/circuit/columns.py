@@ -37,10 +37,15 @@ register_columns(
         *indices("signed", "absolute", "n"),
     ],
     keys=("score", "metric", "edge"),
+    inferred=("signed", "absolute"),
 )
 # The circuits: an edge is in those of its `size` and all larger ones (circuits of a ranking lie in each other).
 register_columns(
-    "circuit", "members", [*_CIRCUIT, *_EDGE, *reals("value")], keys=("score", "rank", "threshold", "edge")
+    "circuit",
+    "members",
+    [*_CIRCUIT, *_EDGE, *reals("value")],
+    keys=("score", "rank", "threshold", "edge"),
+    inferred=("size",),
 )
 # How much of the behaviour each circuit has.
 register_columns(
